@@ -1,0 +1,225 @@
+"""allocator.py: who decides how many experts a token runs.
+
+Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`, the seam of model.py:
+    layer 0..L-1, x (P,C) what the router reads, probs (P,N) the router's fp32 softmax  ->  k (P,) int64 in 1..k_max.
+
+    TopK       the same k for every token                                    knob: k
+    RandomMix  k drawn between two neighbouring integers, blind to content   knob: mean k
+    TopP       the least k whose router mass reaches p (Huang et al. 2024)   knob: p
+    Skip       drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)   knob: beta
+    AdaK       the trained allocators of the paper (eq. 4, 5)                knob: price
+
+A knob is calibrated on one split of the text to a wanted mean k (`bisect`) and reported on another.
+"""
+import json
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import InputError, read_safetensors, write_safetensors
+
+
+# ================================================================ rules without training
+
+class TopK:
+    """The same k for every token and layer."""
+
+    def __init__(self, k):
+        self.k_max = k
+
+    def __call__(self, layer, x, probs):
+        return torch.full((len(x),), self.k_max, device=x.device)
+
+
+class RandomMix:
+    """floor(mean_k) or one more, drawn so that the mean is mean_k: what a blind saving of the same size costs."""
+
+    def __init__(self, mean_k, seed=0):
+        self.low, self.seed = int(mean_k), seed
+        self.high_share = mean_k - self.low
+        self.k_max = self.low + (self.high_share > 0)
+        self.generator = None
+
+    def __call__(self, layer, x, probs):
+        if self.generator is None:
+            self.generator = torch.Generator(x.device).manual_seed(self.seed)
+        draw = torch.rand(len(x), generator=self.generator, device=x.device)
+        return self.low + (draw < self.high_share).long()
+
+
+class TopP:
+    """The least k with p_1 + .. + p_k >= p, p_i the router's probabilities in falling order.
+
+    Example: (.5, .3, .15, .05) with p = .8 -> 2, with p = .81 -> 3, with p = 1 -> 4.
+    """
+
+    def __init__(self, p, n_experts):
+        self.p, self.k_max = p, n_experts
+
+    def __call__(self, layer, x, probs):
+        return mass_labels(probs, self.p)
+
+
+def mass_labels(probs, p):
+    """The least number of experts whose router mass reaches p (eq. 12): probs (P,N) -> (P,) int64 in 1..N."""
+    before = probs.sort(dim=-1, descending=True).values.cumsum(-1)[:, :-1]      # (P,N-1) mass of the first 1..N-1
+    return 1 + (before < p).sum(-1)
+
+
+class Skip:
+    """Of the model's own K experts keep the least k whose tail weighs at most beta times what is kept.
+
+    k is the least with p_{k+1} + .. + p_K <= beta * (p_1 + .. + p_k). For K = 2 this is the published rule: drop the
+    second expert if w_2 <= beta w_1. Example: (.4, .3, .2, .1) of K = 4 with beta = .5 -> 2, since .3 <= .5 * .7.
+    """
+
+    def __init__(self, beta, top_k):
+        self.beta, self.k_max = beta, top_k
+
+    def __call__(self, layer, x, probs):
+        kept = probs.topk(self.k_max, dim=-1).values.cumsum(-1)                 # (P,K)
+        tail = kept[:, -1:] - kept
+        return 1 + (tail[:, :-1] > self.beta * kept[:, :-1]).sum(-1)
+
+
+# ================================================================ the trained allocators
+
+class Allocators(nn.Module):
+    """One linear map per MoE layer from what the router sees to a distribution over k (eq. 4): logits = W z + b.
+
+    As published (`extended=False`) z = x and k = 1..N: W is (N,C), no bias. Extended, the default of train.py, z is x
+    and the logarithms of the router's sorted probabilities, both standardised by the `mean` and `std` of a first batch:
+    the router has already learnt how sure it is, and a map that is linear in x would have to learn that again.
+
+    weight (L,k_max,n_in), bias (L,k_max), mean and std (L,n_in), all fp32; `price` shifts the logits by -price * k at
+    inference (`AdaK`), a dial between fewer and more experts.
+    """
+
+    def __init__(self, config, k_max, extended):
+        super().__init__()
+        L = len(config.moe_layers)
+        n_in = config.dim + (config.n_experts if extended else 0)
+        self.k_max, self.extended = k_max, extended
+        self.weight = nn.Parameter(torch.zeros(L, k_max, n_in))
+        self.bias = nn.Parameter(torch.zeros(L, k_max), requires_grad=extended)
+        self.register_buffer('mean', torch.zeros(L, n_in))
+        self.register_buffer('std', torch.ones(L, n_in))
+        self.register_buffer('price', torch.zeros(()))
+        self.fingerprint = {name: getattr(config, name) for name in
+                            ('model_type', 'n_vocab', 'dim', 'n_layers', 'n_experts', 'top_k', 'expert_dim')}
+
+    def inputs(self, layer, x, probs):
+        """z (P,n_in) fp32 of one layer, a constant for the training: no gradient flows into the base model."""
+        z = x.detach().float()
+        if self.extended:
+            z = torch.cat([z, probs.detach().sort(dim=-1, descending=True).values.clamp_min(1e-9).log()], dim=-1)
+        return (z - self.mean[layer]) / self.std[layer]
+
+    def logits(self, layer, z):
+        """(P,n_in) -> (P,k_max); or all layers at once with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
+        return z @ self.weight[layer].mT + self.bias[layer].unsqueeze(-2)
+
+    def n_params(self):
+        """Trained weights, the number that the paper reports."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def save(self, path):
+        """A safetensors file that names the base model it belongs to."""
+        shape = {'k_max': self.k_max, 'extended': self.extended, 'base': self.fingerprint}
+        write_safetensors(path, self.state_dict(), {'allocators': json.dumps(shape)})
+
+    @classmethod
+    def load(cls, path, config):
+        """The allocators in a file; InputError if the file is damaged or was trained for another base model."""
+        try:
+            tensors, metadata = read_safetensors(path)
+        except OSError as e:
+            raise InputError(f'{path}: {e.strerror or e}') from None
+        if 'allocators' not in metadata:
+            raise InputError(f'{path}: not an allocator file of this project')
+        shape = json.loads(metadata['allocators'])
+        allocators = cls(config, shape['k_max'], shape['extended'])
+        for name, ours in allocators.fingerprint.items():
+            if ours != shape['base'].get(name):
+                raise InputError(f'{path}: trained for a base model with {name} {shape["base"].get(name)}, this one has {ours}')
+        expected = {name: t.shape for name, t in allocators.state_dict().items()}
+        if expected != {name: t.shape for name, t in tensors.items()}:
+            raise InputError(f'{path}: tensors do not have the names and shapes that its header promises')
+        allocators.load_state_dict(tensors)
+        return allocators
+
+
+class AdaK:
+    """k by trained allocators: the most probable k, or a draw from the distribution (eq. 5) if `sample`."""
+
+    def __init__(self, allocators, sample=False, price=None):
+        self.allocators, self.sample, self.k_max = allocators, sample, allocators.k_max
+        price = allocators.price if price is None else price
+        self.shift = price * torch.arange(1, self.k_max + 1, device=allocators.weight.device)    # (k_max,)
+
+    @torch.no_grad()
+    def __call__(self, layer, x, probs):
+        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs)) - self.shift
+        if self.sample:
+            return 1 + torch.multinomial(F.softmax(logits, -1), 1).squeeze(1)
+        return 1 + logits.argmax(-1)
+
+
+class Rollout:
+    """Samples k from the allocators and keeps what PPO needs. One object per forward pass.
+
+    After the pass: z (L,P,n_in), k (L,P), logp (L,P), the log-probability of each k under the policy that drew it.
+    """
+
+    def __init__(self, allocators, generator):
+        self.allocators, self.generator, self.k_max = allocators, generator, allocators.k_max
+        self.steps = []
+
+    @torch.no_grad()
+    def __call__(self, layer, x, probs):
+        z = self.allocators.inputs(layer, x, probs)
+        logp = F.log_softmax(self.allocators.logits(layer, z), -1)                               # (P,k_max)
+        action = torch.multinomial(logp.exp(), 1, generator=self.generator)                      # (P,1)
+        self.steps.append((z, 1 + action.squeeze(1), logp.gather(1, action).squeeze(1)))
+        return self.steps[-1][1]
+
+    def stacked(self):
+        """z (L,P,n_in), k (L,P), logp (L,P)."""
+        return (torch.stack(part) for part in zip(*self.steps))
+
+
+# ================================================================ counting and calibrating
+
+class Counted:
+    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer."""
+
+    def __init__(self, policy, n_layers):
+        self.policy, self.k_max = policy, policy.k_max
+        self.counts = torch.zeros(n_layers, policy.k_max + 1, dtype=torch.long)
+
+    def __call__(self, layer, x, probs):
+        k = self.policy(layer, x, probs)
+        self.counts[layer] += torch.bincount(k, minlength=self.k_max + 1).cpu()
+        return k
+
+    def mean_by_layer(self):
+        return (self.counts * torch.arange(self.k_max + 1)).sum(1) / self.counts.sum(1)          # (L,)
+
+    def mean(self):
+        return self.mean_by_layer().mean().item()
+
+
+def bisect(mean_k, target, low, high, steps=14):
+    """The knob in low..high at which mean_k(knob) comes nearest to target; mean_k rises from low to high.
+
+    `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives an end.
+    """
+    best = None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        miss = mean_k(middle) - target
+        if best is None or abs(miss) < abs(best[0]):
+            best = miss, middle
+        low, high = (low, middle) if miss > 0 else (middle, high)
+    return best[1]

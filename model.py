@@ -1,0 +1,478 @@
+"""model.py: a mixture-of-experts transformer that reads and writes real checkpoints.
+
+The Mixtral architecture, top to bottom: RMSNorm, rotary positions (rotate-half), grouped-query attention, and in place of
+one MLP a router over N SwiGLU experts of which each token runs the K most probable. Eight switches of `Config` (head_dim,
+qkv_bias, qk_norm, norm_topk, shared_dim, shared_gate, dense_layers, tie) turn it into Qwen-MoE, DeepSeek-MoE or OLMoE.
+Checkpoints are the Hugging Face hub's own: config.json, model.safetensors (or shards with an index), tokenizer.json.
+
+What the project adds is one seam, `choose_k(layer, x, probs) -> k`: a callable that says how many experts each token runs.
+Without it the model runs its own top-k. The model keeps nothing about a pass; whoever wants a record brings a callable
+that records.
+
+The same letters in every file:
+    B batch, T time, P = B*T tokens, C channels, H heads, D width of a head, V vocabulary
+    N routed experts, K the model's own top-k, F hidden width of one expert, L layers with a router (MoE layers)
+
+Read on in this order: model.py -> moe_dispatch.py -> allocator.py -> ppo.py -> train.py -> bench.py.
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import moe_dispatch
+
+
+class InputError(ValueError):
+    """A wrong input, told in one line: what, where, what to do. The scripts print it and exit with status 2."""
+
+
+# ================================================================ configuration
+
+@dataclass
+class Config:
+    """The sizes and switches of a model. `from_hf` reads a hub config.json, `to_hf` writes one."""
+    model_type: str = 'mixtral'
+    n_vocab: int = 1024         # V
+    dim: int = 128              # C
+    n_layers: int = 6           # all layers, with or without a router
+    n_heads: int = 4            # H, query heads
+    n_kv_heads: int = 2         # key and value heads, each shared by H / n_kv_heads query heads
+    head_dim: int = 32          # D
+    n_experts: int = 16         # N
+    top_k: int = 4              # K
+    expert_dim: int = 96        # F
+    norm_topk: bool = True      # do the K kept router weights sum to 1?
+    shared_dim: int = 0         # hidden width of the expert that every token runs, 0 = none
+    shared_gate: bool = False   # is that expert's output scaled by a sigmoid gate?
+    dense_layers: tuple = ()    # layers with a plain MLP and no router
+    dense_dim: int = 0          # hidden width of that MLP
+    qkv_bias: bool = False
+    qk_norm: str = ''           # RMSNorm of queries and keys: '' none, 'all' heads at once, each 'head'
+    tie: bool = False           # does the head share the embedding's weights?
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    max_len: int = 2048         # longest sequence the model was made for, in tokens
+    bos: int | None = None      # token ids
+    eos: int | None = None
+
+    @property
+    def moe_layers(self):
+        """The layers with a router, in order: L = len(moe_layers)."""
+        return [i for i in range(self.n_layers) if i not in self.dense_layers]
+
+    @classmethod
+    def from_hf(cls, hf):
+        """From a hub config.json (a dict). InputError names what is not supported."""
+        kind = hf.get('model_type')
+        if kind != 'mixtral':
+            raise InputError(f'model_type {kind!r} is not supported: use one of mixtral')
+        rope = hf.get('rope_parameters') or {'rope_theta': hf.get('rope_theta', 1e4)}
+        return cls(
+            kind, hf['vocab_size'], hf['hidden_size'], hf['num_hidden_layers'], hf['num_attention_heads'],
+            hf['num_key_value_heads'], hf.get('head_dim') or hf['hidden_size'] // hf['num_attention_heads'],
+            hf['num_local_experts'], hf['num_experts_per_tok'], hf['intermediate_size'],
+            tie=hf.get('tie_word_embeddings', False), rope_theta=rope['rope_theta'], norm_eps=hf['rms_norm_eps'],
+            max_len=hf['max_position_embeddings'], bos=hf.get('bos_token_id'), eos=hf.get('eos_token_id'))
+
+    def to_hf(self):
+        """The hub config.json (a dict) of a mixtral model, as transformers reads it."""
+        assert self.model_type == 'mixtral', self.model_type
+        return {
+            'architectures': ['MixtralForCausalLM'], 'model_type': 'mixtral', 'vocab_size': self.n_vocab,
+            'hidden_size': self.dim, 'num_hidden_layers': self.n_layers, 'num_attention_heads': self.n_heads,
+            'num_key_value_heads': self.n_kv_heads, 'head_dim': self.head_dim, 'num_local_experts': self.n_experts,
+            'num_experts_per_tok': self.top_k, 'intermediate_size': self.expert_dim, 'hidden_act': 'silu',
+            'tie_word_embeddings': self.tie, 'rope_theta': self.rope_theta, 'rms_norm_eps': self.norm_eps,
+            'max_position_embeddings': self.max_len, 'sliding_window': None, 'bos_token_id': self.bos,
+            'eos_token_id': self.eos, 'torch_dtype': 'float32'}
+
+
+# ================================================================ the transformer, leaves first
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype, as the published models."""
+
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_table(config, start, T, device, dtype):
+    """cos and sin (T,D) of the rotary angles of positions start..start+T-1; computed in fp32."""
+    D = config.head_dim
+    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)    # (D/2,)
+    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency         # (T,D/2)
+    angle = torch.cat([angle, angle], dim=-1)                                                   # (T,D)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions on x (B,H,T,D): channel i of the first half turns with channel i of the second ("rotate-half")."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, (layers, B, kv heads, max_len, D) each, filled up to `length`."""
+
+    def __init__(self, config, B, max_len, device, dtype):
+        shape = config.n_layers, B, config.n_kv_heads, max_len, config.head_dim
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Write k, v (B,kv heads,T,D) behind the tokens seen so far; return all keys and values of the layer."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.qk_norm = c.qk_norm
+        if c.qk_norm:
+            head = c.qk_norm == 'head'
+            self.q_norm = RMSNorm(c.head_dim if head else c.n_heads * c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim if head else c.n_kv_heads * c.head_dim, c.norm_eps)
+
+    def forward(self, x, rope, layer, cache):
+        B, T, C = x.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == 'all':
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (z.view(B, T, -1, self.head_dim).transpose(1, 2) for z in (q, k, v))          # (B,heads,T,D)
+        if self.qk_norm == 'head':
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                                                    # (B,kv heads,S,D), S seen
+            if 1 < T < k.shape[2]:                       # several new tokens behind old ones: token t sees S - T + t + 1
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == k.shape[2] > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                                 # (B,T,C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). The dense layers and the shared expert."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Router, routed experts, and the shared expert that some families add."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.top_k, self.norm_topk = c.top_k, c.norm_topk
+        self.router = nn.Linear(c.dim, c.n_experts, bias=False)
+        self.w_in = nn.Parameter(torch.empty(c.n_experts, 2 * c.expert_dim, c.dim))             # gate rows, then up rows
+        self.w_out = nn.Parameter(torch.empty(c.n_experts, c.dim, c.expert_dim))
+        self.shared = MLP(c.dim, c.shared_dim) if c.shared_dim else None
+        self.shared_gate = nn.Linear(c.dim, 1, bias=False) if c.shared_gate else None
+
+    def forward(self, x, layer, choose_k):                                                      # x (P,C)
+        probs = F.softmax(self.router(x), dim=-1, dtype=torch.float32)                          # (P,N)
+        if choose_k is None:
+            k_max, k = self.top_k, torch.full((len(x),), self.top_k, device=x.device)
+        else:
+            k_max, k = choose_k.k_max, choose_k(layer, x, probs)                                # (P,)
+        ids, weights = moe_dispatch.select(probs, k, k_max, self.norm_topk)                     # (P,k_max) both
+        y = moe_dispatch.moe(x, ids, weights, k, self.w_in, self.w_out)                         # (P,C)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
+        return y
+
+
+class Layer(nn.Module):
+    def __init__(self, c, i):
+        super().__init__()
+        self.i, self.dense = i, i in c.dense_layers
+        self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp = MLP(c.dim, c.dense_dim) if self.dense else MoE(c)
+
+    def forward(self, x, rope, cache, moe_layer, choose_k):
+        x = x + self.self_attn(self.input_layernorm(x), rope, self.i, cache)
+        h = self.post_attention_layernorm(x)
+        if self.dense:
+            return x + self.mlp(h)
+        return x + self.mlp(h.flatten(0, 1), moe_layer, choose_k).view_as(x)
+
+
+class Transformer(nn.Module):
+    """The language model. `choose_k` is the seam: see `forward`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.n_vocab, config.dim)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.n_vocab, bias=False)
+        if config.tie:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def hidden(self, tokens, choose_k=None, cache=None):
+        """tokens (B,T) int64 -> the last hidden states (B,T,C), what the head reads. Arguments as in `forward`."""
+        start = cache.length if cache is not None else 0
+        x = self.embed_tokens(tokens)                                                           # (B,T,C)
+        rope = rope_table(self.config, start, tokens.shape[1], x.device, x.dtype)
+        moe_layer = 0
+        for layer in self.layers:
+            x = layer(x, rope, cache, moe_layer, choose_k)
+            moe_layer += not layer.dense
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def forward(self, tokens, choose_k=None, cache=None):
+        """tokens (B,T) int64 -> logits (B,T,V) in the model's dtype.
+
+        choose_k(layer, x (P,C), probs (P,N)) -> k (P,) integer in 1..choose_k.k_max decides how many experts each token
+        runs in MoE layer 0..L-1; x is what the router reads, probs its fp32 softmax. None: the model's own K.
+        cache: a `Cache`; the tokens are taken to follow those it has seen.
+        """
+        return self.lm_head(self.hidden(tokens, choose_k, cache))
+
+    @property
+    def device(self):
+        return self.norm.weight.device
+
+    @property
+    def dtype(self):
+        return self.norm.weight.dtype
+
+
+@torch.no_grad()
+def generate(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
+    """Continue tokens (B,T) by n tokens with a KV cache -> (B,T+n). temperature 0 takes the most probable token."""
+    B, T = tokens.shape
+    cache = Cache(model.config, B, T + n, model.device, model.dtype)
+    new = tokens
+    for _ in range(n):
+        logits = model.lm_head(model.hidden(new, choose_k, cache)[:, -1]).float()               # (B,V)
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)                                               # (B,1)
+        else:
+            new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+        tokens = torch.cat([tokens, new], dim=1)
+    return tokens
+
+
+# ================================================================ checkpoints: safetensors in the hub's layout
+
+DTYPES = dict(BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64,
+              F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64,
+              F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
+
+
+def write_whole(path, write):
+    """Call write(f) on a new file and then rename it to `path`: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    new = path.with_name(f'{path.name}.{os.getpid()}.new')
+    try:
+        with open(new, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_whole(path, lambda f: f.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} as a safetensors file: 8 bytes header length, JSON header, then the bytes of the tensors.
+
+    Largest items first, so that every tensor is aligned to its item size. `metadata` is a {str: str} kept in the header.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, end = {'__metadata__': {'format': 'pt', **(metadata or {})}}, 0
+    for name in order:
+        t = tensors[name]
+        begin, end = end, end + t.numel() * t.dtype.itemsize
+        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape), 'data_offsets': [begin, end]}
+    head = json.dumps(header).encode()
+    head += b' ' * (-len(head) % 8)
+
+    def write(f):
+        f.write(len(head).to_bytes(8, 'little') + head)
+        for name in order:
+            f.write(tensors[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    write_whole(path, write)
+
+
+def unique_keys(pairs):
+    if len(d := dict(pairs)) != len(pairs):
+        raise ValueError('a key appears twice')
+    return d
+
+
+def read_safetensors(path):
+    """({name: tensor}, metadata) over a private memory map of the file: pages are read when a tensor is first used.
+
+    Every number in the header is checked before it is used: the tensors must follow each other without hole or overlap
+    and end where the file ends. InputError names the file and the tensor. Nothing is unpickled, values are not checked.
+    """
+    size = os.path.getsize(path)
+    with open(path, 'rb') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        if size < 8 or n > min(size - 8, 100_000_000):
+            raise InputError(f'{path}: says its header has {n:,} bytes, but the file has {size:,}; fetch it again')
+        raw = f.read(n)
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
+        metadata = header.pop('__metadata__', {})
+        entries = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
+        layout, end = [], 0
+        for name, t in entries:
+            if t['dtype'] not in DTYPES:
+                raise ValueError(f'{name}: dtype {t["dtype"]!r} is not supported')
+            dtype, shape, (begin, stop) = DTYPES[t['dtype']], t['shape'], t['data_offsets']
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)) or begin != end \
+                    or stop - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f'{name}: {t} does not follow byte {end}')
+            layout.append((name, dtype, shape, begin, stop))
+            end = stop
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f'{path}: the header is damaged ({str(e)[:200]}); fetch it again') from None
+    if 8 + n + end != size:
+        raise InputError(f'{path}: the header describes {8 + n + end:,} bytes, the file has {size:,}; fetch it again')
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:]
+    tensors = {}
+    for name, dtype, shape, begin, stop in layout:
+        part = data[begin:stop]
+        if (8 + n + begin) % dtype.itemsize:                   # a writer need not align; view() must
+            part = part.clone()
+        tensors[name] = part.view(dtype).reshape(shape)
+    return tensors, metadata
+
+
+def hub_tensors(model):
+    """{the hub's name of a tensor: a view of our parameter}; the stacked experts are one tensor each on the hub."""
+    c, views = model.config, {}
+    for name, p in model.named_parameters():                   # a tied head is listed once, as the embedding
+        name = name if name.startswith('lm_head') else 'model.' + name
+        block = name.replace('.mlp.', '.block_sparse_moe.')
+        if name.endswith('.w_in'):
+            for n in range(c.n_experts):
+                views[block.replace('w_in', f'experts.{n}.w1.weight')] = p[n, :c.expert_dim]    # gate
+                views[block.replace('w_in', f'experts.{n}.w3.weight')] = p[n, c.expert_dim:]    # up
+        elif name.endswith('.w_out'):
+            for n in range(c.n_experts):
+                views[block.replace('w_out', f'experts.{n}.w2.weight')] = p[n]                  # down
+        else:
+            views[block.replace('.router.', '.gate.')] = p
+    return views
+
+
+def read_json(path):
+    """A JSON file, or one clear InputError."""
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as e:
+        raise InputError(f'{path}: {e.strerror or e}') from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f'{path}: not JSON ({str(e)[:100]})') from None
+
+
+def save(model, folder):
+    """Write config.json and model.safetensors as the hub has them: transformers opens the folder. In the model's dtype."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / 'model.safetensors', {n: t.detach() for n, t in hub_tensors(model).items()})
+    write_json(folder / 'config.json', model.config.to_hf())   # last: a folder with a config is complete
+
+
+def load(folder, dtype=torch.float32, device='cpu'):
+    """The Transformer in a hub-format folder, frozen. InputError names the file or tensor that is wrong."""
+    folder = Path(folder)
+    config = Config.from_hf(read_json(folder / 'config.json'))
+    with torch.device('meta'):
+        model = Transformer(config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False)
+    views = hub_tensors(model)
+    tensors, _ = read_safetensors(folder / 'model.safetensors')
+    if wrong := sorted(views.keys() ^ tensors.keys()):
+        raise InputError(f'{folder}: tensor {wrong[0]} is {"missing" if wrong[0] in views else "not expected"}')
+    for name, view in views.items():
+        if view.shape != tensors[name].shape:
+            raise InputError(f'{folder}: {name} has shape {list(tensors[name].shape)}, expected {list(view.shape)}')
+        view.copy_(tensors[name])
+    return model
+
+
+# ================================================================ tokenizers: the hub's tokenizer.json on tiktoken
+
+def byte_characters():
+    """GPT-2's printable stand-in for each byte, as tokenizer.json spells byte-level pieces. [65] -> 'A', [32] -> 'Ġ'."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in own]
+    return [chr(b) if b in own else chr(256 + other.index(b)) for b in range(256)]
+
+
+class Tokenizer:
+    """Text to token ids and back, from tokenizer.json and config.json in a checkpoint folder: byte-level BPE."""
+
+    def __init__(self, folder):
+        path = Path(folder) / 'tokenizer.json'
+        hf = read_json(path)
+        config = read_json(Path(folder) / 'config.json')
+        self.bos, self.eos = config.get('bos_token_id'), config.get('eos_token_id')
+        byte_of = {c: b for b, c in enumerate(byte_characters())}
+        as_bytes = lambda piece: bytes(byte_of[c] for c in piece)
+        vocab = hf['model']['vocab']
+        # tiktoken merges the pair of lowest rank first, so rank = order of the merges, the single bytes before them
+        ranks, self.id_of_rank = {}, []
+        for piece in [*(c for c in byte_characters() if c in vocab), *map(''.join, hf['model']['merges'])]:
+            ranks[as_bytes(piece)] = len(ranks)
+            self.id_of_rank.append(vocab[piece])
+        pattern = hf['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
+        self.bpe = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bytes_of_id = {i: as_bytes(piece) for piece, i in vocab.items()}
+        for token in hf['added_tokens']:
+            self.bytes_of_id[token['id']] = token['content'].encode()
+        self.n_vocab = max(self.bytes_of_id) + 1
+
+    def encode(self, text):
+        """Token ids of a text, no bos. Special tokens in the text are spelled out, not obeyed."""
+        return [self.id_of_rank[rank] for rank in self.bpe.encode_ordinary(text)]
+
+    def decode(self, ids):
+        """The text of token ids; ids beyond the vocabulary give nothing, bytes that are no UTF-8 give U+FFFD."""
+        return b''.join(self.bytes_of_id.get(int(i), b'') for i in ids).decode('utf-8', errors='replace')

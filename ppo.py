@@ -1,0 +1,94 @@
+"""ppo.py: the training of the allocators as pure functions: tensors in, a loss and its statistics out.
+
+The trajectory of one token is its L decisions k_1 .. k_L, one per MoE layer; depth is the time axis. The reward comes once, after
+the last layer: the log-probability that the frozen model gives the token (eq. 6). The state of a decision does not depend on the
+allocators' weights within an epoch, so nothing here runs the language model, forwards or backwards.
+
+    L layers with a router, P tokens (positions with a reward), G rollouts of the same tokens, A = k_max actions k = 1..A
+    logits (L,P,A), k (L,P) int64, logp (L,P) log pi(k|state), adv (L,P) or (P,) in nats
+"""
+import torch
+import torch.nn.functional as F
+
+from allocator import mass_labels
+
+
+# ================================================================ reward and advantage (eq. 6, 9)
+
+def next_token_logp(logits, targets):
+    """The reward: log-probability in nats of each target token. logits (B,T,V), targets (B,T) -> (B,T) fp32.
+
+    subtle: k at position t changes the prediction of token t+1, so `targets` is the text shifted by one.
+    """
+    return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none').view(targets.shape)
+
+
+def topk_advantage(logp, logp_topk, gamma=1.0, n_layers=1):
+    """The published advantage (eq. 9): A_l = gamma^(L-l) (log p under the sampled k - log p under the model's own top-k).
+
+    logp, logp_topk (P,) -> (L,P), L = n_layers. Exactly 0 for a token whose sampled plan is top-k (in an exact forward).
+    """
+    discount = gamma ** torch.arange(n_layers - 1, -1, -1, device=logp.device)                  # (L,) 1 for the last layer
+    return discount[:, None] * (logp - logp_topk)
+
+
+def group_advantage(logp):
+    """Reward minus the mean reward of the other rollouts of the same token: (G,P) -> (G,P), G >= 2.
+
+    A token's own difficulty, by far the largest part of the reward, cancels; the others' mean does not depend on this
+    rollout's choices, so the gradient stays unbiased. Example: G = 2, rewards -1 and -3 -> advantages 2 and -2.
+    """
+    G = len(logp)
+    return (logp - logp.mean(0)) * G / (G - 1)
+
+
+# ================================================================ PPO (eq. 7, 8) and the price of experts (eq. 10, 11)
+
+def clipped_loss(logp, logp_old, adv, eps):
+    """PPO's clipped surrogate (eq. 7, 8), mean over layers and tokens, with one ratio per decision. Returns loss, stats."""
+    logratio = logp - logp_old                                                                  # (L,P)
+    ratio = logratio.exp()
+    loss = -torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv).mean()
+    with torch.no_grad():
+        stats = {'approx_kl': (ratio - 1 - logratio).mean().item(),
+                 'clipfrac': ((ratio - 1).abs() > eps).float().mean().item()}
+    return loss, stats
+
+
+def expected_k(logits):
+    """sum_n n P(n), the exact mean of k under the policy: (..,A) -> (..)."""
+    n = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    return F.softmax(logits, -1) @ n
+
+
+def ppo_loss(logits, k, logp_old, adv, price, eps, entropy_bonus=0.0):
+    """The whole objective: clipped surrogate + price * expected k (eq. 11) - entropy bonus. Returns loss, stats.
+
+    `price` is in nats per expert and layer: an expert is worth running if it buys at least that. The cost is an exact
+    expectation, not sampled (eq. 10), so it adds no variance. Advantages are not divided by their standard deviation:
+    that would change the price silently.
+    """
+    logp_all = F.log_softmax(logits, -1)                                                        # (L,P,A)
+    logp = logp_all.gather(-1, (k - 1).unsqueeze(-1)).squeeze(-1)                               # (L,P)
+    surrogate, stats = clipped_loss(logp, logp_old, adv, eps)
+    mean_k = expected_k(logits).mean()
+    entropy = -(logp_all.exp() * logp_all).sum(-1).mean()
+    loss = surrogate + price * mean_k - entropy_bonus * entropy
+    stats.update(loss=loss.item(), mean_k=mean_k.item(), entropy=entropy.item())
+    return loss, stats
+
+
+# ================================================================ P-Warm (eq. 12, 13)
+
+def find_mass(probs, target):
+    """p*: the router mass whose mean label is closest to `target` experts (eq. 12). probs (P,N) -> float in 0..1."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if mass_labels(probs, middle).float().mean() > target else (middle, high)
+    return low
+
+
+def warm_loss(logits, labels):
+    """Cross-entropy of the allocators against the pseudo-labels k = 1..A (eq. 13): logits (..,A), labels (..) -> scalar."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten() - 1)

@@ -1,0 +1,30 @@
+"""Small models for the tests, and the project's folder on the import path."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def tiny_config(**changes):
+    from model import Config
+    sizes = dict(n_vocab=50, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=8, top_k=3, expert_dim=16)
+    return Config(**{**sizes, **changes})
+
+
+def random_model(config, seed=0):
+    """Weights large enough that routing and logits depend on every part."""
+    from model import Transformer
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 1 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5, generator=generator)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

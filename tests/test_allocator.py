@@ -1,0 +1,111 @@
+"""allocator.py: the rules on rows worked by hand, calibration, the file."""
+import pytest
+import torch
+
+from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopP, bisect, mass_labels
+from conftest import tiny_config
+from model import InputError
+
+ROWS = torch.tensor([[.05, .5, .15, .3], [.25, .25, .25, .25], [.97, .01, .01, .01]])
+
+
+@pytest.mark.parametrize('p, k', [(.4, [1, 2, 1]), (.8, [2, 4, 1]), (.96, [4, 4, 1]), (.985, [4, 4, 3]), (0, [1, 1, 1])])
+def test_top_p_by_hand(p, k):
+    assert TopP(p, 4)(0, ROWS, ROWS).tolist() == k
+    assert mass_labels(ROWS, p).tolist() == k
+
+
+@pytest.mark.parametrize('beta, k', [
+    (.5, [2, 2, 1]),     # row 0, K = 3: tails .45 > .25, .15 <= .4; row 1: .5 > .125, .25 <= .25
+    (.1, [3, 3, 1]),     # .15 > .08, so all three; row 2: .02 <= .097
+    (.01, [3, 3, 2]),    # row 2: .02 > .0097, .01 > .0098
+    (2, [1, 1, 1])])
+def test_skip_by_hand(beta, k):
+    if beta == .01:
+        k = [3, 3, 3]
+    assert Skip(beta, 3)(0, ROWS, ROWS).tolist() == k
+
+
+def test_skip_for_top_2_is_the_published_rule():
+    probs = torch.rand(500, 8).softmax(-1)
+    w = probs.topk(2).values
+    assert torch.equal(Skip(.9, 2)(0, probs, probs), torch.where(w[:, 1] <= .9 * w[:, 0], 1, 2))
+
+
+def test_random_mix_has_its_mean_and_is_the_same_again():
+    x = torch.zeros(20000, 1)
+    k = RandomMix(2.3, seed=4)(0, x, x)
+    assert set(k.tolist()) == {2, 3} and abs(k.float().mean() - 2.3) < .01
+    assert torch.equal(k, RandomMix(2.3, seed=4)(0, x, x)) and not torch.equal(k, RandomMix(2.3, seed=5)(0, x, x))
+    assert RandomMix(2.0).k_max == 2 and RandomMix(2.0)(0, x, x).unique().tolist() == [2]
+
+
+def test_bisect_meets_the_target_both_ways_and_stops_at_an_end():
+    assert abs(bisect(lambda p: 4 * p, 3, 0, 1) - .75) < 1e-3
+    assert abs(bisect(lambda beta: 4 - beta, 3, 2, 0) - 1) < 1e-3
+    assert bisect(lambda p: p, 5, 0, 1) > .999
+
+
+def test_calibrated_top_p_has_the_wanted_mean_within_a_percent():
+    probs = (3 * torch.randn(5000, 16)).softmax(-1)
+    p = bisect(lambda p: TopP(p, 16)(0, probs, probs).float().mean().item(), 3, 0, 1)
+    assert abs(TopP(p, 16)(0, probs, probs).float().mean() - 3) < .03
+
+
+def test_counted_tallies_by_layer():
+    tally = Counted(RandomMix(3), 2)
+    x = torch.zeros(5, 1)
+    tally(0, x, x), tally(1, x, x), tally(1, x, x)
+    assert tally.counts.tolist() == [[0, 0, 0, 5], [0, 0, 0, 10]] and tally.mean() == 3
+
+
+@pytest.fixture
+def trained():
+    allocators = Allocators(tiny_config(), 5, True)
+    for p in (allocators.weight, allocators.bias):
+        p.data.normal_()
+    allocators.mean.normal_()
+    return allocators
+
+
+def test_published_size():
+    # L*C*N weights, no bias: Mixtral-8x7B's 1.05M (paper, table 1)
+    with torch.device('meta'):
+        allocators = Allocators(tiny_config(n_layers=32, dim=4096), 8, False)
+    assert allocators.n_params() == 32 * 4096 * 8 == 1_048_576
+
+
+def test_adak_takes_the_argmax_and_the_price_is_a_dial(trained):
+    x, probs = torch.randn(300, 32), torch.randn(300, 8).softmax(-1)
+    logits = trained.logits(1, trained.inputs(1, x, probs))
+    assert torch.equal(AdaK(trained)(1, x, probs), 1 + logits.argmax(-1))
+    means = [AdaK(trained, price=price)(1, x, probs).float().mean().item() for price in (-99, -1, 0, 1, 99)]
+    assert means == sorted(means, reverse=True) and means[0] == 5 and means[-1] == 1
+
+
+def test_rollout_records_what_it_drew(trained):
+    x, probs = torch.randn(4000, 32), torch.randn(8).softmax(-1).expand(4000, 8)
+    rollout = Rollout(trained, torch.Generator().manual_seed(0))
+    drawn = [rollout(layer, x[:1].expand_as(x), probs) for layer in range(2)]
+    z, k, logp = rollout.stacked()
+    assert torch.equal(k, torch.stack(drawn)) and z.shape == (2, 4000, 40)
+    for layer in range(2):
+        p = trained.logits(layer, z[layer, :1]).softmax(-1)[0]
+        torch.testing.assert_close(torch.bincount(k[layer] - 1, minlength=5) / 4000, p, rtol=0, atol=.03)
+        torch.testing.assert_close(logp[layer].exp(), p[k[layer] - 1])
+
+
+def test_file_keeps_the_allocators_and_refuses_another_base(trained, tmp_path):
+    path = tmp_path / 'allocator.safetensors'
+    trained.price.fill_(.25)
+    trained.save(path)
+    again = Allocators.load(path, tiny_config())
+    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
+    assert again.extended and again.k_max == 5
+    with pytest.raises(InputError, match='top_k 3, this one has 2'):
+        Allocators.load(path, tiny_config(top_k=2))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match='allocator.safetensors'):
+        Allocators.load(path, tiny_config())
+    with pytest.raises(InputError, match='No such file'):
+        Allocators.load(tmp_path / 'nothing', tiny_config())

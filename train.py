@@ -1,0 +1,687 @@
+"""train.py: learn a small Mixtral, freeze it, and train Ada-K allocators on it.
+
+    python train.py                   the whole story on the sources of Python's standard library, in minutes on two cores
+    python train.py --budget 0.6      a smaller budget: mean k at most 0.6 K
+    python train.py --paper           the published recipe throughout
+    python train.py --preset smoke    the same path in seconds, for tests
+
+Stages, in order: text -> base model -> warm start -> PPO -> evaluation. Everything lands in `--out`:
+    base/                    config.json, model.safetensors, tokenizer.json: transformers opens this folder
+    allocator.safetensors    the trained allocators
+    log.csv, results.json    every PPO step; the table
+    training.png, layers.png the figures
+
+The default recipe differs from the paper (`--paper`) in four things, each measured in the README: the allocators also
+see the router's sorted probabilities, the baseline of the reward is the mean of the other rollouts of the same token,
+a controller moves the price until mean k meets the budget, and a last calibration sets the mean k of the argmax policy.
+"""
+import argparse
+import collections
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import resource
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import ppo
+from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, bisect, mass_labels)
+from model import (Config, InputError, Tokenizer, Transformer, byte_characters, load, read_json, save, write_json,
+                   write_whole)
+from moe_dispatch import flops
+
+
+# ================================================================ settings
+
+@dataclass
+class Settings:
+    # what the command line sets
+    preset: str = 'tiny'
+    out: str = ''                   # run folder; empty: out/<preset>
+    data: str = ''                  # text file or folder; empty: the standard library's sources
+    budget: float = 0.75            # mean k as a share of K; the controller finds the price
+    lam: float | None = None        # a fixed price in nats per expert and layer instead of a budget
+    paper: bool = False             # the published recipe
+    seed: int = 0                   # of everything after the base model
+    device: str = 'cpu'
+    fresh: bool = False             # learn the base model again
+    # text
+    n_vocab: int = 1024             # tokens of the byte-level BPE
+    seq: int = 128                  # T
+    documents: int = 10 ** 9        # at most so many documents
+    # base model
+    n_layers: int = 4
+    dim: int = 128
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    n_experts: int = 16
+    top_k: int = 4
+    expert_dim: int = 96
+    base_steps: int = 1400
+    base_batch: int = 16            # sequences
+    muon_lr: float = 0.02           # for the matrices
+    adam_lr: float = 3e-3           # for embedding, head, router, norms
+    balance: float = 0.01           # weight of the load-balancing loss
+    # allocators
+    k_max: int = 8                  # A, actions 1..A
+    extended: bool = True           # allocators see the router's sorted probabilities too
+    warm_steps: int = 60
+    warm_lr: float = 1e-2
+    ppo_steps: int = 400
+    ppo_batch: int = 16             # sequences a rollout
+    group: int = 4                  # G, rollouts of the same tokens; 1: the Top-K counterfactual as baseline
+    ppo_lr: float = 1e-2            # decays linearly to 0; constant with --paper
+    epochs: int = 3                 # PPO epochs a rollout
+    clip: float = 0.2
+    entropy: float = 0.0            # bonus, nats per nat of entropy
+    price: float = 3e-3             # lambda at the start (the paper's value)
+    price_rate: float = 2e-4        # change of the price per step and unit of (mean k - target) / K
+    weight_decay: float = 0.0
+    # evaluation
+    calibration_tokens: int = 16384
+    heldout_tokens: int = 131072
+
+
+PRESETS = {
+    'tiny': {},
+    'smoke': dict(n_vocab=320, seq=64, documents=60, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, n_experts=8, expert_dim=16,
+                  base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=2048, heldout_tokens=4096),
+}
+# Table of paper.md's settings, as far as they are published; clip and mini-batching are not, so ours stay
+PAPER = dict(extended=False, group=1, warm_lr=1e-3, ppo_lr=1e-3, epochs=2, entropy=0.0, price=3e-3, lam=3e-3, weight_decay=0.1)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f'{message} (see --help)')
+
+
+def parse(argv):
+    """Command line -> Settings: the preset's values, then --paper's, then what was given."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    p.add_argument('--preset', choices=PRESETS, help='sizes and steps (default tiny)')
+    p.add_argument('--out', help='run folder (default out/PRESET)')
+    p.add_argument('--data', metavar='FILE_OR_FOLDER', help='.txt and .py files (default: the standard library\'s sources)')
+    p.add_argument('--budget', type=float, help='mean k as a share of K, in (0, 1] (default 0.75)')
+    p.add_argument('--lam', type=float, help='a fixed price in nats per expert and layer instead of a budget')
+    p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
+    p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
+    p.add_argument('--device', help='cpu, cuda, cuda:1, .. (default cpu)')
+    p.add_argument('--fresh', action='store_true', help='learn the base model again')
+    given = vars(p.parse_args(argv))
+    paper = PAPER if given.get('paper') else {}
+    s = Settings(**{**PRESETS[given.get('preset', 'tiny')], **paper, **given})
+    if not 0 < s.budget <= 1:
+        raise InputError(f'--budget {s.budget}: must be above 0 and at most 1')
+    if s.budget * s.top_k < 1:
+        raise InputError(f'--budget {s.budget}: every token runs at least 1 of K = {s.top_k} experts, so at least {1 / s.top_k:g}')
+    if s.lam is not None and not (0 <= s.lam < math.inf):
+        raise InputError(f'--lam {s.lam}: must be a number of nats, 0 or more')
+    try:
+        torch.empty(1, device=s.device)
+    except Exception as e:                                     # torch raises many kinds here
+        raise InputError(f'--device {s.device}: {str(e).splitlines()[0]}') from None
+    s.out = s.out or f'out/{s.preset}'
+    return s
+
+
+class Progress:
+    """One updating line on a terminal, a plain line every ten seconds elsewhere: step, numbers, speed, time left."""
+
+    def __init__(self, stage, steps):
+        self.stage, self.steps, self.start, self.shown = stage, steps, time.time(), 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def __call__(self, step, tokens, **numbers):
+        now, last = time.time(), step == self.steps
+        if now - self.shown < (0.2 if self.terminal else 10) and not last:
+            return
+        self.shown, spent = now, now - self.start
+        text = '  '.join(f'{name} {value:.4g}' for name, value in numbers.items())
+        left = spent / step * (self.steps - step)
+        line = f'{self.stage} {step}/{self.steps}  {text}  {tokens / spent:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left'
+        if self.terminal:
+            print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True)
+        else:
+            print(line, flush=True)
+
+
+# ================================================================ text
+
+@dataclass
+class Text:
+    """A split of the text as one stream of tokens, a separator behind every document."""
+    tokens: torch.Tensor            # (n,) int64
+    document: np.ndarray            # (n,) the number of the document each token belongs to
+
+    def windows(self, T, limit=None):
+        """(inputs, targets, documents), each (n,T), of consecutive windows; at most `limit` tokens, evenly spread."""
+        n = (len(self.tokens) - 1) // T
+        chosen = np.arange(n) if limit is None or n * T <= limit else np.linspace(0, n - 1, limit // T).astype(int)
+        at = torch.from_numpy(chosen)[:, None] * T + torch.arange(T)            # (n,T)
+        return self.tokens[at], self.tokens[at + 1], self.document[at + 1]
+
+    def batches(self, B, T, generator):
+        """Endless random batches (inputs, targets), (B,T) each; every token once before any token twice."""
+        while True:
+            offset = torch.randint(T, (1,), generator=generator).item()
+            n = (len(self.tokens) - offset - 1) // T
+            for chosen in torch.randperm(n, generator=generator).split(B):
+                if len(chosen) == B:
+                    at = offset + chosen[:, None] * T + torch.arange(T)         # (B,T)
+                    yield self.tokens[at], self.tokens[at + 1]
+
+
+def read_documents(source):
+    """{name: text} of a file or a folder of .txt and .py files; '' is the standard library without its tests."""
+    root = Path(source or sysconfig.get_paths()['stdlib'])
+    if not root.exists():
+        raise InputError(f'--data {source}: no such file or folder')
+    leave = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__'} if not source else set()
+    paths = [root] if root.is_file() else sorted(
+        p for p in root.rglob('*') if p.suffix in ('.txt', '.py') and p.is_file() and not leave & set(p.relative_to(root).parts)
+        and (source or p.suffix == '.py'))
+    documents = {}
+    for p in paths:
+        try:
+            documents[p.relative_to(root).as_posix()] = p.read_text(encoding='utf-8', errors='replace')
+        except OSError as e:
+            raise InputError(f'--data {p}: {e.strerror}') from None
+    if not any(text.strip() for text in documents.values()):
+        raise InputError(f'--data {root}: no text in .txt or .py files there')
+    return documents
+
+
+def split_documents(documents):
+    """[train, calibration, held-out], lists of texts: 80, 10, 10 % of the documents by a hash of their names.
+
+    A single document is cut into 64 KiB pieces first, so that one long file can be split too.
+    """
+    if len(documents) < 20:
+        documents = {f'{name}:{i}': text[i:i + 65536] for name, text in documents.items() for i in range(0, len(text), 65536)}
+    ranked = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
+    tenth = max(1, len(ranked) // 10)
+    return [[documents[name] for name in part] for part in (ranked[2 * tenth:], ranked[:tenth], ranked[tenth:2 * tenth])]
+
+
+# words with the space before them, digits, symbols with the line end after them, line ends, indentation
+PATTERN = r' ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+PATTERN_RE = r' ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'     # the same for `re`, to learn from
+
+
+def learn_bpe(texts, n_tokens):
+    """Byte-pair encoding: the n_tokens - 256 merges, as pairs of ids (id = 256 + place in the list), most frequent first.
+
+    Example: 'aaabdaaabac' -> (97,97), then (256,97) .. as in Sennrich et al. 2016, on bytes.
+    """
+    chunks = collections.Counter()
+    for text in texts:
+        chunks.update(re.findall(PATTERN_RE, text))
+    words = [list(chunk.encode()) for chunk in chunks]
+    times = list(chunks.values())
+    count, where = collections.Counter(), collections.defaultdict(set)         # pair -> how often, in which words
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            count[pair] += times[i]
+            where[pair].add(i)
+    merges = []
+    while len(merges) < n_tokens - 256 and count:
+        best = max(count, key=lambda pair: (count[pair], pair))
+        for i in where.pop(best):
+            old, new, at = words[i], [], 0
+            while at < len(old):
+                both = tuple(old[at:at + 2]) == best
+                new.append(256 + len(merges) if both else old[at])
+                at += 2 if both else 1
+            for pair in zip(old, old[1:]):
+                count[pair] -= times[i]
+            for pair in zip(new, new[1:]):
+                count[pair] += times[i]
+                where[pair].add(i)
+            words[i] = new
+        del count[best]
+        merges.append(best)
+    return merges
+
+
+def tokenizer_json(merges):
+    """The hub's tokenizer.json of a byte-level BPE: bytes 0-255, the merges, then <|endoftext|>."""
+    pieces = byte_characters()
+    for a, b in merges:
+        pieces.append(pieces[a] + pieces[b])
+    level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
+    return {
+        'version': '1.0', 'truncation': None, 'padding': None,
+        'added_tokens': [{'id': len(pieces), 'content': '<|endoftext|>', 'single_word': False, 'lstrip': False,
+                          'rstrip': False, 'normalized': False, 'special': True}],
+        'normalizer': None,
+        'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [
+            {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}, level]},
+        'post_processor': None, 'decoder': level,
+        'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+                  'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
+                  'vocab': {piece: i for i, piece in enumerate(pieces)},
+                  'merges': [[pieces[a], pieces[b]] for a, b in merges]}}
+
+
+def tokenize(texts, tokenizer, T, name):
+    """A Text of the documents, each followed by the separator. InputError if it holds no window of T tokens."""
+    ids = [tokenizer.encode(text) + [tokenizer.eos] for text in texts]
+    tokens = torch.tensor([i for document in ids for i in document])
+    if len(tokens) <= T:
+        raise InputError(f'--data: the {name} split has {len(tokens)} tokens, too short for one sequence of {T + 1}')
+    return Text(tokens, np.repeat(np.arange(len(ids)), [len(document) for document in ids]))
+
+
+# ================================================================ base model
+
+def orthogonalise(G):
+    """Newton-Schulz iteration on a stack of matrices (..,m,n): nearly U V^T of each G = U S V^T (Jordan 2024, Muon)."""
+    X = G.mT if G.shape[-2] > G.shape[-1] else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(3):              # five are usual; three cost less and measured the same here
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz. torch's own takes single matrices only; the experts are stacks of them."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        self.params, self.lr, self.momentum = params, lr, momentum
+        self.averages = [torch.zeros_like(p) for p in params]
+
+    @torch.no_grad()
+    def step(self, scale):
+        for p, average in zip(self.params, self.averages):
+            average.lerp_(p.grad, 1 - self.momentum)
+            update = orthogonalise(p.grad.lerp(average, self.momentum))
+            p.add_(update, alpha=-scale * self.lr * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
+
+
+class Balance(TopK):
+    """The model's own top-k, keeping the router's probabilities of the pass for the load-balancing loss."""
+
+    def __init__(self, k):
+        super().__init__(k)
+        self.probs = []
+
+    def __call__(self, layer, x, probs):
+        self.probs.append(probs)
+        return super().__call__(layer, x, probs)
+
+    def loss(self):
+        """N * sum_n share of choices that go to n * mean probability of n, mean over layers; 1 when balanced (Switch)."""
+        total = 0
+        for probs in self.probs:                                                # (P,N)
+            chosen = torch.zeros_like(probs).scatter_(1, probs.topk(self.k_max).indices, 1 / self.k_max)
+            total = total + probs.shape[1] * (chosen.mean(0) * probs.mean(0)).sum()
+        return total / len(self.probs)
+
+
+def new_model(config, seed):
+    """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), what ends in the residual smaller."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.02 if name.startswith(('embed', 'lm_head')) else p.shape[-1] ** -0.5)
+            if name.endswith(('o_proj.weight', 'w_out')):
+                p.mul_((2 * config.n_layers) ** -0.5)
+    return model
+
+
+def learn_base(s, config, text):
+    """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
+    model = new_model(config, seed=0).to(s.device)
+    matrices = {name: p for name, p in model.named_parameters()
+                if p.dim() > 1 and not name.startswith(('embed', 'lm_head')) and 'router' not in name}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    muon = Muon(list(matrices.values()), s.muon_lr)
+    adam = torch.optim.AdamW(others, s.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = text.batches(s.base_batch, s.seq, torch.Generator().manual_seed(0))
+    progress = Progress('base', s.base_steps)
+    for step in range(1, s.base_steps + 1):
+        inputs, targets = (z.to(s.device) for z in next(batches))
+        balance = Balance(s.top_k)
+        loss = F.cross_entropy(model(inputs, balance).flatten(0, 1), targets.flatten())
+        (loss + s.balance * balance.loss()).backward()
+        scale = min(step / 10, (s.base_steps - step + 1) / (0.5 * s.base_steps), 1)    # warm up, hold, linear to 0
+        muon.step(scale)
+        adam.param_groups[0]['lr'] = s.adam_lr * scale
+        adam.step()
+        for p in model.parameters():
+            p.grad = None
+        progress(step, step * inputs.numel(), loss=loss.item())
+    return model
+
+
+def base_model(s, out):
+    """(model, texts): the frozen base in out/base, learnt first if it is not there or --fresh; texts = the three splits."""
+    documents = dict(list(read_documents(s.data).items())[:s.documents])
+    parts = split_documents(documents)
+    recipe = {name: getattr(s, name) for name in
+              ('n_vocab', 'seq', 'n_layers', 'dim', 'n_heads', 'n_kv_heads', 'n_experts', 'top_k', 'expert_dim', 'base_steps',
+               'base_batch', 'muon_lr', 'adam_lr', 'balance')}
+    digest = hashlib.sha256()
+    for name in sorted(documents):
+        digest.update(f'{name}\0{documents[name]}\0'.encode())
+    recipe['text'] = digest.hexdigest()
+    folder = out / 'base'
+    if (folder / 'recipe.json').exists() and not s.fresh:
+        old = read_json(folder / 'recipe.json')
+        if changed := [name for name in recipe if old.get(name) != recipe[name]]:
+            raise InputError(f'{folder} was learnt with another {changed[0]}: choose another --out, or --fresh to learn it again')
+        print(f'base: {folder} is there, used again')
+    else:
+        start = time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'recipe.json').unlink(missing_ok=True)       # the folder is incomplete until this file is back
+        merges = learn_bpe(parts[0], s.n_vocab - 1)
+        n_vocab = 256 + len(merges) + 1
+        config = Config(n_vocab=n_vocab, dim=s.dim, n_layers=s.n_layers, n_heads=s.n_heads, n_kv_heads=s.n_kv_heads,
+                        head_dim=s.dim // s.n_heads, n_experts=s.n_experts, top_k=s.top_k, expert_dim=s.expert_dim,
+                        eos=n_vocab - 1)
+        write_json(folder / 'tokenizer.json', tokenizer_json(merges))
+        write_json(folder / 'config.json', config.to_hf())
+        print(f'text: {sum(map(len, documents.values())) / 1e6:.1f}M characters in {len(documents)} documents, '
+              f'{n_vocab} tokens learnt in {time.time() - start:.0f} s')
+        text = tokenize(parts[0], Tokenizer(folder), s.seq, 'train')
+        save(learn_base(s, config, text), folder)
+        write_json(folder / 'recipe.json', recipe)
+    tokenizer = Tokenizer(folder)
+    names = 'train', 'calibration', 'held-out'
+    return load(folder, device=s.device), tokenizer, [tokenize(part, tokenizer, s.seq, name) for part, name in zip(parts, names)]
+
+
+# ================================================================ evaluation
+
+@torch.no_grad()
+def evaluate(model, windows, choose_k, batch=32):
+    """Loss in nats of every target token under a policy, and the policy's tally: ((n*T,) float64 on CPU, Counted)."""
+    inputs, targets, _ = windows
+    tally = Counted(choose_k, len(model.config.moe_layers))
+    losses = [-ppo.next_token_logp(model(x.to(model.device), tally), y.to(model.device)).flatten().cpu().double()
+              for x, y in zip(inputs.split(batch), targets.split(batch))]
+    return torch.cat(losses), tally
+
+
+def calibrate(model, windows, policy_of, target, low, high):
+    """The knob at which policy_of(knob) has mean k = target on `windows`, by bisection with real forward passes."""
+    return bisect(lambda knob: evaluate(model, windows, policy_of(knob))[1].mean(), target, low, high)
+
+
+def clustered_error(delta, document):
+    """Standard error of the mean of `delta` (n,), tokens of one document taken as dependent."""
+    _, number = np.unique(document, return_inverse=True)
+    sums = np.bincount(number, weights=delta - delta.mean())                    # one per document
+    m = len(sums)
+    return math.sqrt((sums ** 2).sum() * m / max(m - 1, 1)) / len(delta)
+
+
+def compare(s, model, allocators, calibration, heldout):
+    """The rows of results.json: Top-K, Ada-K, and the rules without training at Ada-K's mean k."""
+    c = model.config
+    windows = heldout.windows(s.seq, s.heldout_tokens)
+    calibration = calibration.windows(s.seq, s.calibration_tokens)
+    ada = AdaK(allocators)
+    mean_k = evaluate(model, calibration, ada)[1].mean()
+    policies = {
+        'top-k': TopK(c.top_k), 'ada-k': ada, 'random-mix': RandomMix(mean_k, s.seed),
+        'top-p': TopP(calibrate(model, calibration, lambda p: TopP(p, c.n_experts), mean_k, 0, 1), c.n_experts),
+        'skip': Skip(calibrate(model, calibration, lambda beta: Skip(beta, c.top_k), mean_k, 2, 0), c.top_k)}
+    base_flops, rows, reference = flops(c, c.top_k, s.seq), [], None
+    progress = Progress('evaluation', len(policies))
+    for i, (method, policy) in enumerate(policies.items()):
+        loss, tally = evaluate(model, windows, policy)
+        reference = loss if reference is None else reference
+        delta = (loss - reference).numpy()
+        cost = flops(c, tally.mean(), s.seq, allocators.weight.numel() if policy is ada else 0)
+        rows.append({
+            'method': method, 'loss': loss.mean().item(), 'delta': delta.mean(),
+            'delta_se': clustered_error(delta, windows[2].flatten()), 'mean_k': tally.mean(),
+            'mean_k_by_layer': tally.mean_by_layer().tolist(),
+            'k_histogram': (tally.counts.sum(0) / tally.counts.sum()).tolist(),
+            'expert_flops': cost['experts'] / base_flops['experts'], 'total_flops': cost['total'] / base_flops['total']})
+        progress(i + 1, (i + 1) * len(loss), loss=rows[-1]['loss'])
+    return rows
+
+
+def bits_per_byte(nats, windows, tokenizer):
+    """Mean bits per byte of the target text; `nats` is the loss of its tokens, a separator counts as no byte."""
+    n_bytes = torch.tensor([0 if i == tokenizer.eos else len(tokenizer.bytes_of_id.get(i, b'')) for i in range(tokenizer.n_vocab)])
+    return (nats.sum() / math.log(2) / n_bytes[windows[1]].sum()).item()
+
+
+# ================================================================ allocators: warm start, then PPO
+
+class Record:
+    """The model's own top-k, keeping what allocators would see: x and probs of every layer of one pass."""
+
+    def __init__(self, k):
+        self.k_max, self.seen = k, []
+
+    def __call__(self, layer, x, probs):
+        self.seen.append((x, probs))
+        return torch.full((len(x),), self.k_max, device=x.device)
+
+
+@torch.no_grad()
+def look(s, model, inputs):
+    """[(x (P,C), probs (P,N)) of each layer] of one pass under the model's own top-k."""
+    record = Record(model.config.top_k)
+    model.hidden(inputs.to(s.device), record)
+    return record.seen
+
+
+def warm_start(s, model, text):
+    """P-Warm (eq. 12, 13): allocators that imitate "the fewest experts whose router mass reaches p".
+
+    As published p is chosen for a mean label of K. With a budget it is chosen for a mean of budget * K: PPO then starts
+    where it must end.
+    """
+    allocators = Allocators(model.config, model.config.n_experts if s.paper else s.k_max, s.extended).to(s.device)
+    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed))
+    seen = look(s, model, next(batches)[0])
+    if s.extended:
+        z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(seen)])      # (L,P,n_in)
+        allocators.mean.copy_(z.mean(1))
+        allocators.std.copy_(z.std(1) + 1e-3)
+    target = model.config.top_k * (s.budget if s.lam is None else 1)
+    p = ppo.find_mass(torch.cat([probs for _, probs in seen]), target)
+    optimizer = torch.optim.AdamW(allocators.parameters(), s.warm_lr, weight_decay=s.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.warm_steps)
+    progress = Progress('warm start', s.warm_steps)
+    for step in range(1, s.warm_steps + 1):
+        inputs, _ = next(batches)
+        seen = look(s, model, inputs)
+        z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(seen)])      # (L,P,n_in)
+        labels = torch.stack([mass_labels(probs, p) for _, probs in seen]).clamp_max(allocators.k_max)      # (L,P)
+        loss = ppo.warm_loss(allocators.logits(slice(None), z), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress(step, step * inputs.numel(), loss=loss.item())
+    return allocators
+
+
+def train_ppo(s, model, allocators, text, calibration, log):
+    """PPO (eq. 4-11). Appends one dict per step to `log`; changes `allocators` in place."""
+    c = model.config
+    L, target = len(c.moe_layers), s.budget * c.top_k
+    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
+    generator = torch.Generator(s.device).manual_seed(s.seed)
+    optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
+    price = s.price if s.lam is None else s.lam
+    probe = calibration.windows(s.seq, s.calibration_tokens // 2)
+    probe_topk, _ = evaluate(model, probe, TopK(c.top_k))
+    progress = Progress('ppo', s.ppo_steps)
+    numbers = {}
+    for step in range(1, s.ppo_steps + 1):
+        inputs, targets = (z.to(s.device) for z in next(batches))               # (B,T) both
+
+        # rollout: G passes over the same tokens with sampled k, as one batch
+        rollout = Rollout(allocators, generator)
+        with torch.no_grad():
+            reward = ppo.next_token_logp(model(inputs.repeat(s.group, 1), rollout), targets.repeat(s.group, 1))
+            if s.group > 1:
+                adv = ppo.group_advantage(reward.view(s.group, -1)).view(1, -1)                             # (1,G*P)
+            else:
+                adv = ppo.topk_advantage(reward.flatten(), ppo.next_token_logp(model(inputs), targets).flatten())
+        z, k, logp_old = rollout.stacked()
+
+        # update: the language model is not run again
+        if not s.paper:
+            optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
+        for _ in range(s.epochs):
+            logits = allocators.logits(slice(None), z)                                                      # (L,G*P,A)
+            loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price, s.clip, s.entropy)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        # price: up while the argmax policy runs too many experts, down while too few
+        argmax_k = (1 + logits.argmax(-1)).float().mean().item()
+        if s.lam is None:
+            price = max(0.0, price + s.price_rate * (argmax_k - target) / c.top_k)
+        if step % 20 == 0 or step == s.ppo_steps:
+            nats, tally = evaluate(model, probe, AdaK(allocators))
+            numbers = {'delta': (nats - probe_topk).mean().item(), 'probe_k': tally.mean()}
+        log.append({'step': step, 'reward': reward.mean().item(), 'adv_std': adv.std().item(), 'argmax_k': argmax_k,
+                    'price': price, **stats, **numbers})
+        if not math.isfinite(stats['loss']):
+            raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}; is there a NaN in the base model?')
+        progress(step, step * reward.numel(), loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
+
+
+# ================================================================ what a run writes
+
+def table(rows):
+    """The rows as a Markdown table."""
+    lines = ['| method | loss (nats/token) | minus Top-K | mean k | expert FLOPs | total FLOPs |', '|---|---|---|---|---|---|']
+    for r in rows:
+        delta = '' if r['method'] == 'top-k' else f'{r["delta"]:+.4f} ± {r["delta_se"]:.4f}'
+        lines.append(f'| {r["method"]} | {r["loss"]:.4f} | {delta} | {r["mean_k"]:.3f} | {r["expert_flops"]:.3f} | {r["total_flops"]:.3f} |')
+    return '\n'.join(lines)
+
+
+def write_log(path, log):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=sorted({name for row in log for name in row}, key=lambda name: (name != 'step', name)))
+    writer.writeheader()
+    writer.writerows(log)
+    write_whole(path, lambda f: f.write(text.getvalue().encode()))
+
+
+def figures(out, log, rows, top_k, target):
+    """training.png: loss and mean k while PPO runs. layers.png: mean k by layer of every method."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    def save_figure(fig, name):
+        write_whole(out / name, lambda f: fig.savefig(f, format='png', dpi=130))
+        plt.close(fig)
+
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    probed = [row for row in log if 'delta' in row]
+    a.plot([row['step'] for row in probed], [row['delta'] for row in probed], color='#0072B2')
+    a.axhline(0, color='black', linewidth=0.8, linestyle=':')
+    a.set(xlabel='PPO step', ylabel='loss minus Top-K (nats/token)', title='argmax policy on calibration text')
+    b.plot([row['step'] for row in log], [row['mean_k'] for row in log], color='#E69F00', linestyle='--', label='sampled k')
+    b.plot([row['step'] for row in log], [row['argmax_k'] for row in log], color='#0072B2', label='argmax k')
+    b.axhline(top_k, color='black', linewidth=0.8, linestyle=':', label='Top-K')
+    if target:
+        b.axhline(target, color='black', linewidth=0.8, linestyle='-.', label='budget')
+    b.set(xlabel='PPO step', ylabel='mean k (experts per token and layer)', title='experts in the rollouts')
+    b.legend(fontsize=8)
+    save_figure(fig, 'training.png')
+
+    fig, ax = plt.subplots(figsize=(5.6, 3.6), layout='constrained')
+    styles = {'top-k': ('black', ':', ''), 'ada-k': ('#0072B2', '-', 'o'), 'random-mix': ('#999999', '--', ''),
+              'top-p': ('#E69F00', '-', 's'), 'skip': ('#009E73', '-', '^')}
+    for row in rows:
+        color, line, marker = styles[row['method']]
+        ax.plot(range(1, 1 + len(row['mean_k_by_layer'])), row['mean_k_by_layer'], color=color, linestyle=line, marker=marker,
+                label=row['method'])
+    ax.set(xlabel='MoE layer', ylabel='mean k (experts per token)', xticks=range(1, 1 + len(rows[0]['mean_k_by_layer'])))
+    ax.legend(fontsize=8)
+    save_figure(fig, 'layers.png')
+
+
+# ================================================================ the whole run
+
+def main(argv=None):
+    s = parse(argv)
+    out = Path(s.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / '.writable', lambda f: None)
+        (out / '.writable').unlink()
+    except OSError as e:
+        raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
+    torch.manual_seed(s.seed)
+    seconds, clock = {}, time.time()
+
+    def lap(stage):
+        nonlocal clock
+        seconds[stage], clock = time.time() - clock, time.time()
+
+    model, tokenizer, (text, calibration, heldout) = base_model(s, out)
+    c = model.config
+    print(f'base: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(c.moe_layers)} MoE layers, '
+          f'top-{c.top_k} of {c.n_experts}; text: {len(text.tokens):,} train, {len(calibration.tokens):,} calibration, '
+          f'{len(heldout.tokens):,} held-out tokens')
+    lap('base')
+    allocators = warm_start(s, model, text)
+    print(f'allocators: {allocators.n_params():,} trained parameters')
+    lap('warm')
+
+    log = []
+    try:
+        train_ppo(s, model, allocators, text, calibration, log)
+    except KeyboardInterrupt:
+        allocators.save(out / 'allocator.safetensors')
+        write_log(out / 'log.csv', log)
+        print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps: {out / "allocator.safetensors"} holds the allocators so far')
+        sys.exit(130)
+    lap('ppo')
+
+    if s.lam is None:          # 0.5% below the budget, so that other text keeps within it too
+        windows = calibration.windows(s.seq, s.calibration_tokens)
+        price = calibrate(model, windows, lambda knob: AdaK(allocators, price=knob), 0.995 * s.budget * c.top_k, 5, -5)
+        allocators.price.fill_(price)
+    allocators.save(out / 'allocator.safetensors')
+    write_log(out / 'log.csv', log)
+    rows = compare(s, model, allocators, calibration, heldout)
+    windows = heldout.windows(s.seq, s.heldout_tokens)
+    bpb = bits_per_byte(evaluate(model, windows, TopK(c.top_k))[0], windows, tokenizer)
+    lap('evaluation')
+    print(table(rows))
+    print(f'base model: {bpb:.3f} bits per byte on held-out text')
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 # kB on Linux
+    write_json(out / 'results.json', {'run': out.name, 'seed': s.seed, 'config': asdict(s), 'seconds': seconds, 'peak_gb': peak,
+                                      'bits_per_byte': bpb, 'allocator_params': allocators.n_params(), 'rows': rows})
+    figures(out, log, rows, c.top_k, s.budget * c.top_k if s.lam is None else None)
+    print(f'{sum(seconds.values()):.0f} s, {peak:.1f} GB; wrote {", ".join(sorted(p.name for p in out.iterdir()))} in {out}')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except InputError as e:
+        print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(2)
