@@ -24,6 +24,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import sys
 import sysconfig
 import time
@@ -48,6 +49,7 @@ class Settings:
     # what the command line sets
     preset: str = 'tiny'
     out: str = ''                   # run folder; empty: out/<preset>
+    ckpt: str = ''                  # a finished base model, a hub-format folder; empty: learn one
     data: str = ''                  # text file or folder; empty: the standard library's sources
     budget: float = 0.75            # mean k as a share of K; the controller finds the price
     lam: float | None = None        # a fixed price in nats per expert and layer instead of a budget
@@ -75,8 +77,9 @@ class Settings:
     # allocators
     k_max: int = 8                  # A, actions 1..A
     extended: bool = True           # allocators see the router's sorted probabilities too
-    warm_steps: int = 60
-    warm_lr: float = 1e-2
+    x_scale: float = 1.0            # divides the extended inputs' x: the larger, the slower x is learnt from
+    warm_steps: int = 200           # of P-Warm, --paper only
+    warm_lr: float = 1e-3
     ppo_steps: int = 400
     ppo_batch: int = 16             # sequences a rollout
     group: int = 4                  # G, rollouts of the same tokens; 1: the Top-K counterfactual as baseline
@@ -98,7 +101,7 @@ PRESETS = {
                   base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=2048, heldout_tokens=4096),
 }
 # Table of paper.md's settings, as far as they are published; clip and mini-batching are not, so ours stay
-PAPER = dict(extended=False, group=1, warm_lr=1e-3, ppo_lr=1e-3, epochs=2, entropy=0.0, price=3e-3, lam=3e-3, weight_decay=0.1)
+PAPER = dict(extended=False, group=1, ppo_lr=1e-3, epochs=2, entropy=0.0, price=3e-3, lam=3e-3, weight_decay=0.1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,6 +114,7 @@ def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     p.add_argument('--preset', choices=PRESETS, help='sizes and steps (default tiny)')
     p.add_argument('--out', help='run folder (default out/PRESET)')
+    p.add_argument('--ckpt', metavar='FOLDER', help='a base model in the hub\'s format (default: learn one in OUT/base)')
     p.add_argument('--data', metavar='FILE_OR_FOLDER', help='.txt and .py files (default: the standard library\'s sources)')
     p.add_argument('--budget', type=float, help='mean k as a share of K, in (0, 1] (default 0.75)')
     p.add_argument('--lam', type=float, help='a fixed price in nats per expert and layer instead of a budget')
@@ -119,8 +123,14 @@ def parse(argv):
     p.add_argument('--device', help='cpu, cuda, cuda:1, .. (default cpu)')
     p.add_argument('--fresh', action='store_true', help='learn the base model again')
     given = vars(p.parse_args(argv))
+    if {'budget', 'lam'} <= set(given):
+        raise InputError('--budget and --lam: give one, not both')
     paper = PAPER if given.get('paper') else {}
+    if 'budget' in given:
+        paper = {**paper, 'lam': None}                         # the published recipe at a wanted budget
     s = Settings(**{**PRESETS[given.get('preset', 'tiny')], **paper, **given})
+    if s.seed < 0:
+        raise InputError(f'--seed {s.seed}: must be 0 or more')
     if not 0 < s.budget <= 1:
         raise InputError(f'--budget {s.budget}: must be above 0 and at most 1')
     if s.budget * s.top_k < 1:
@@ -368,42 +378,50 @@ def learn_base(s, config, text):
     return model
 
 
-def base_model(s, out):
-    """(model, texts): the frozen base in out/base, learnt first if it is not there or --fresh; texts = the three splits."""
-    documents = dict(list(read_documents(s.data).items())[:s.documents])
-    parts = split_documents(documents)
-    recipe = {name: getattr(s, name) for name in
-              ('n_vocab', 'seq', 'n_layers', 'dim', 'n_heads', 'n_kv_heads', 'n_experts', 'top_k', 'expert_dim', 'base_steps',
-               'base_batch', 'muon_lr', 'adam_lr', 'balance')}
+def base_recipe(s, documents):
+    """What the base model depends on: settings, and a digest of the text."""
     digest = hashlib.sha256()
     for name in sorted(documents):
         digest.update(f'{name}\0{documents[name]}\0'.encode())
-    recipe['text'] = digest.hexdigest()
-    folder = out / 'base'
-    if (folder / 'recipe.json').exists() and not s.fresh:
+    return {'text': digest.hexdigest(), **{name: getattr(s, name) for name in (
+        'n_vocab', 'seq', 'n_layers', 'dim', 'n_heads', 'n_kv_heads', 'n_experts', 'top_k', 'expert_dim', 'base_steps',
+        'base_batch', 'muon_lr', 'adam_lr', 'balance')}}
+
+
+def base_model(s, out):
+    """(model, tokenizer, texts): the frozen base of --ckpt or of out/base, learnt first if need be; texts = the three splits."""
+    documents = dict(list(read_documents(s.data).items())[:s.documents])
+    parts = split_documents(documents)
+    splits = lambda tokenizer: [tokenize(part, tokenizer, s.seq, name)
+                                for part, name in zip(parts, ('train', 'calibration', 'held-out'))]
+    folder, recipe = Path(s.ckpt) if s.ckpt else out / 'base', base_recipe(s, documents)
+    if not s.ckpt and not s.fresh and (folder / 'recipe.json').exists():
         old = read_json(folder / 'recipe.json')
         if changed := [name for name in recipe if old.get(name) != recipe[name]]:
             raise InputError(f'{folder} was learnt with another {changed[0]}: choose another --out, or --fresh to learn it again')
         print(f'base: {folder} is there, used again')
-    else:
-        start = time.time()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'recipe.json').unlink(missing_ok=True)       # the folder is incomplete until this file is back
+    elif not s.ckpt:
+        start, new = time.time(), out / 'base.new'             # complete, it takes the place of base/
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         merges = learn_bpe(parts[0], s.n_vocab - 1)
         n_vocab = 256 + len(merges) + 1
         config = Config(n_vocab=n_vocab, dim=s.dim, n_layers=s.n_layers, n_heads=s.n_heads, n_kv_heads=s.n_kv_heads,
                         head_dim=s.dim // s.n_heads, n_experts=s.n_experts, top_k=s.top_k, expert_dim=s.expert_dim,
                         eos=n_vocab - 1)
-        write_json(folder / 'tokenizer.json', tokenizer_json(merges))
-        write_json(folder / 'config.json', config.to_hf())
+        write_json(new / 'tokenizer.json', tokenizer_json(merges))
+        write_json(new / 'config.json', config.to_hf())
         print(f'text: {sum(map(len, documents.values())) / 1e6:.1f}M characters in {len(documents)} documents, '
-              f'{n_vocab} tokens learnt in {time.time() - start:.0f} s')
-        text = tokenize(parts[0], Tokenizer(folder), s.seq, 'train')
-        save(learn_base(s, config, text), folder)
-        write_json(folder / 'recipe.json', recipe)
-    tokenizer = Tokenizer(folder)
-    names = 'train', 'calibration', 'held-out'
-    return load(folder, device=s.device), tokenizer, [tokenize(part, tokenizer, s.seq, name) for part, name in zip(parts, names)]
+              f'{n_vocab} tokens learnt in {time.time() - start:.0f} s', flush=True)
+        tokenizer = Tokenizer(new)
+        texts = splits(tokenizer)
+        save(learn_base(s, config, texts[0]), new)
+        write_json(new / 'recipe.json', recipe)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+        return load(folder, device=s.device), tokenizer, texts
+    model, tokenizer = load(folder, device=s.device), Tokenizer(folder)
+    return model, tokenizer, splits(tokenizer)
 
 
 # ================================================================ evaluation
@@ -486,21 +504,39 @@ def look(s, model, inputs):
     return record.seen
 
 
-def warm_start(s, model, text):
-    """P-Warm (eq. 12, 13): allocators that imitate "the fewest experts whose router mass reaches p".
-
-    As published p is chosen for a mean label of K. With a budget it is chosen for a mean of budget * K: PPO then starts
-    where it must end.
-    """
+def new_allocators(s, model, text):
+    """Allocators as PPO starts with them: on the published warm start, or near the budget."""
     allocators = Allocators(model.config, model.config.n_experts if s.paper else s.k_max, s.extended).to(s.device)
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed))
-    seen = look(s, model, next(batches)[0])
-    if s.extended:
-        z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(seen)])      # (L,P,n_in)
-        allocators.mean.copy_(z.mean(1))
-        allocators.std.copy_(z.std(1) + 1e-3)
-    target = model.config.top_k * (s.budget if s.lam is None else 1)
-    p = ppo.find_mass(torch.cat([probs for _, probs in seen]), target)
+    if s.paper:
+        p_warm(s, model, allocators, batches)
+    else:
+        start_near(s, model, allocators, next(batches)[0])
+    return allocators
+
+
+@torch.no_grad()
+def start_near(s, model, allocators, inputs):
+    """The default start: every token the same distribution, a bell around the budget, and standardised inputs.
+
+    PPO then starts from the static k nearest the budget, which costs less than what a linear map can imitate of a rule, and tries
+    the neighbouring k most. subtle: Adam moves every weight by about the same step, so C unit channels of x would move a
+    logit sqrt(C) times as far as one input and drown the few router probabilities in noise; as a whole x gets unit variance.
+    """
+    z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(look(s, model, inputs))])
+    allocators.mean.copy_(z.mean(1))                                            # z (L,P,n_in)
+    allocators.std.copy_(z.std(1) + 1e-3)
+    allocators.std[:, :model.config.dim] *= s.x_scale * model.config.dim ** 0.5
+    center = model.config.top_k * (s.budget if s.lam is None else 1)
+    allocators.bias.copy_(-(torch.arange(1, allocators.k_max + 1) - center) ** 2)
+
+
+def p_warm(s, model, allocators, batches):
+    """The published start, P-Warm (eq. 12, 13): imitate "the fewest experts whose router mass reaches p".
+
+    p is chosen on the first batch so that the mean of these labels is the model's own K.
+    """
+    p = ppo.find_mass(torch.cat([probs for _, probs in look(s, model, next(batches)[0])]), model.config.top_k)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.warm_lr, weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.warm_steps)
     progress = Progress('warm start', s.warm_steps)
@@ -508,14 +544,13 @@ def warm_start(s, model, text):
         inputs, _ = next(batches)
         seen = look(s, model, inputs)
         z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(seen)])      # (L,P,n_in)
-        labels = torch.stack([mass_labels(probs, p) for _, probs in seen]).clamp_max(allocators.k_max)      # (L,P)
+        labels = torch.stack([mass_labels(probs, p) for _, probs in seen])                                  # (L,P)
         loss = ppo.warm_loss(allocators.logits(slice(None), z), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         progress(step, step * inputs.numel(), loss=loss.item())
-    return allocators
 
 
 def train_ppo(s, model, allocators, text, calibration, log):
@@ -646,7 +681,7 @@ def main(argv=None):
           f'top-{c.top_k} of {c.n_experts}; text: {len(text.tokens):,} train, {len(calibration.tokens):,} calibration, '
           f'{len(heldout.tokens):,} held-out tokens')
     lap('base')
-    allocators = warm_start(s, model, text)
+    allocators = new_allocators(s, model, text)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
 
@@ -679,9 +714,13 @@ def main(argv=None):
     print(f'{sum(seconds.values()):.0f} s, {peak:.1f} GB; wrote {", ".join(sorted(p.name for p in out.iterdir()))} in {out}')
 
 
-if __name__ == '__main__':
+def command_line(argv=None):
     try:
-        main()
+        main(argv)
     except InputError as e:
         print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == '__main__':
+    command_line()

@@ -1,0 +1,29 @@
+"""Fill the README's tables from the committed results: python .ci/readme.py (--check only compares).
+
+A block between <!-- table FILE --> and <!-- end --> is the table of that results.json, as train.py prints it.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root))
+from train import table  # noqa: E402
+
+readme = root / 'README.md'
+old = readme.read_text()
+
+
+def fill(match):
+    results = json.loads((root / match[1]).read_text())
+    stages = ', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in results['seconds'].items())
+    note = (f'Base model {results["bits_per_byte"]:.3f} bits per byte on held-out text; {results["allocator_params"]:,} allocator weights; '
+            f'seed {results["seed"]}; {stages}; peak memory {results["peak_gb"]:.1f} GB.')
+    return f'<!-- table {match[1]} -->\n{table(results["rows"])}\n\n{note}\n<!-- end -->'
+
+
+new = re.sub(r'<!-- table (\S+) -->.*?<!-- end -->', fill, old, flags=re.DOTALL)
+if '--check' in sys.argv:
+    sys.exit(0 if new == old else 'README.md is not what the results say: run python .ci/readme.py')
+readme.write_text(new)

@@ -1,0 +1,189 @@
+"""train.py from the command line: the smoke preset start to end, and every wrong input by its one line."""
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from allocator import Allocators
+from model import Tokenizer, load
+
+ROOT = Path(__file__).parent.parent
+
+
+def python_train(*args):
+    return subprocess.run([sys.executable, ROOT / 'train.py', *map(str, args)], capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope='session')
+def smoke(tmp_path_factory):
+    out = tmp_path_factory.mktemp('smoke')
+    done = python_train('--preset', 'smoke', '--out', out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_smoke_writes_what_it_promises(smoke):
+    out, printed = smoke
+    assert {p.name for p in out.iterdir()} == {'base', 'allocator.safetensors', 'log.csv', 'results.json', 'training.png', 'layers.png'}
+    assert (out / 'training.png').read_bytes()[:4] == (out / 'layers.png').read_bytes()[:4] == b'\x89PNG'
+    results = json.loads((out / 'results.json').read_text())
+    assert set(results) >= {'run', 'seed', 'config', 'seconds', 'rows'}
+    rows = {row['method']: row for row in results['rows']}
+    assert list(rows) == ['top-k', 'ada-k', 'random-mix', 'top-p', 'skip']
+    assert rows['top-k']['delta'] == rows['top-k']['delta_se'] == 0 and rows['top-k']['mean_k'] == 4
+    for name, row in rows.items():
+        assert f'| {name} | {row["loss"]:.4f} |' in printed
+        assert row['expert_flops'] == pytest.approx(row['mean_k'] / 4) and abs(sum(row['k_histogram']) - 1) < 1e-6
+        assert row['mean_k'] == pytest.approx(np.mean(row['mean_k_by_layer']))
+        assert row['mean_k'] == pytest.approx(np.dot(row['k_histogram'], range(len(row['k_histogram']))))
+        assert row['delta'] == pytest.approx(row['loss'] - rows['top-k']['loss'], abs=1e-9)
+    for name in ('random-mix', 'top-p', 'skip'):
+        assert abs(rows[name]['mean_k'] - rows['ada-k']['mean_k']) < 0.15
+    log = list(csv.DictReader((out / 'log.csv').open()))
+    assert len(log) == 12 and all(np.isfinite(float(row['loss'])) for row in log)
+
+
+def test_second_run_reuses_the_base_and_gives_the_same_results(smoke):
+    out, _ = smoke
+    before = (out / 'base/model.safetensors').read_bytes(), json.loads((out / 'results.json').read_text())
+    done = python_train('--preset', 'smoke', '--out', out)
+    assert done.returncode == 0 and 'used again' in done.stdout
+    after = (out / 'base/model.safetensors').read_bytes(), json.loads((out / 'results.json').read_text())
+    assert before[0] == after[0] and before[1]['rows'] == after[1]['rows']
+
+
+def test_the_base_is_bit_identical_after_training(smoke):
+    out, _ = smoke
+    s = train.parse(['--preset', 'smoke'])
+    model, tokenizer, (text, calibration, _) = train.base_model(s, out)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    allocators = train.new_allocators(s, model, text)
+    start = allocators.weight.detach().clone()
+    train.train_ppo(s, model, allocators, text, calibration, [])
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not torch.equal(start, allocators.weight)
+
+
+def test_the_published_recipe_runs_on_a_finished_base(smoke, tmp_path):
+    out, _ = smoke
+    train.main(['--preset', 'smoke', '--paper', '--ckpt', str(out / 'base'), '--out', str(tmp_path)])
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['allocator_params'] == 2 * 32 * 8 and results['config']['lam'] == 3e-3       # L*C*N
+    assert not (tmp_path / 'base').exists()
+
+
+def test_interrupt_during_ppo_saves_the_allocators(smoke, tmp_path, monkeypatch, capsys):
+    calls, real = [], train.ppo.ppo_loss
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > 7:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train.ppo, 'ppo_loss', interrupted)
+    with pytest.raises(SystemExit) as exit:
+        train.main(['--preset', 'smoke', '--ckpt', str(smoke[0] / 'base'), '--out', str(tmp_path)])
+    assert exit.value.code == 130 and 'interrupted after 2 of 12' in capsys.readouterr().out
+    assert Allocators.load(tmp_path / 'allocator.safetensors', load(smoke[0] / 'base').config).weight.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- text
+
+def test_documents_are_split_once_and_windows_predict_each_token_once(tmp_path):
+    documents = {f'{i}.py': f'document {i}' for i in range(50)}
+    parts = train.split_documents(documents)
+    assert sorted(sum(parts, [])) == sorted(documents.values()) and [len(p) for p in parts] == [40, 5, 5]
+    text = train.Text(torch.arange(101), np.arange(101) // 10)
+    inputs, targets, document = text.windows(10)
+    assert torch.equal(targets.flatten(), torch.arange(1, 101)) and torch.equal(inputs + 1, targets)
+    assert np.array_equal(document.flatten(), np.arange(1, 101) // 10)
+    assert text.windows(10, 40)[0].shape == (4, 10)
+
+
+def test_batches_show_every_token_before_any_twice():
+    batches = train.Text(torch.arange(1000), np.zeros(1000)).batches(4, 10, torch.Generator().manual_seed(0))
+    seen = torch.cat([next(batches)[0].flatten() for _ in range(24)])
+    assert len(seen.unique()) == len(seen) == 960
+
+
+def test_clustered_error_equals_a_bootstrap_over_documents():
+    rng = np.random.default_rng(0)
+    document = np.repeat(np.arange(40), rng.integers(20, 200, 40))
+    delta = rng.normal(size=40)[document] + rng.normal(size=len(document))      # tokens of a document go together
+    means = []
+    for _ in range(2000):
+        drawn = rng.integers(0, 40, 40)
+        picked = np.concatenate([delta[document == d] for d in drawn])
+        means.append(picked.mean())
+    assert train.clustered_error(delta, document) == pytest.approx(np.std(means), rel=0.15)
+
+
+def test_bits_per_byte_by_hand(smoke):
+    tokenizer = Tokenizer(smoke[0] / 'base')
+    ids = torch.tensor([tokenizer.encode('abc') + [tokenizer.eos]])
+    assert train.bits_per_byte(torch.full((ids.numel(),), 3 * np.log(2) / ids.numel()), (None, ids), tokenizer) == pytest.approx(1)
+
+
+def test_muon_orthogonalises():
+    u = train.orthogonalise(torch.randn(3, 20, 12))
+    assert torch.linalg.svdvals(u).min() > 0.3 and torch.linalg.svdvals(u).max() < 1.6
+
+
+def test_balance_loss_is_1_when_balanced_and_grows_to_N():
+    balance = train.Balance(1)
+    balance(0, torch.zeros(4, 1), torch.eye(4))
+    assert balance.loss() == pytest.approx(1)
+    balance.probs = [torch.eye(4)[:1].repeat(4, 1)]
+    assert balance.loss() == pytest.approx(4)
+
+
+# ---------------------------------------------------------------- wrong inputs
+
+def refusal(capsys, *args):
+    with pytest.raises(SystemExit) as exit:
+        train.command_line([str(a) for a in args])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count('\n') == 1 and error.startswith('train.py: ')
+    return error
+
+
+@pytest.mark.parametrize('args, says', [
+    (['--preset', 'huge'], 'huge'), (['--budget', 'x'], '--budget'), (['--budget', '0'], '--budget 0.0'),
+    (['--budget', '1.5'], 'at most 1'), (['--budget', '0.1'], 'at least 0.25'), (['--budget', 'nan'], '--budget'),
+    (['--lam', '-1'], '--lam'), (['--lam', 'inf'], '--lam'), (['--budget', '.7', '--lam', '1'], 'not both'),
+    (['--seed', '1.5'], '--seed'), (['--seed', '-1'], '--seed'), (['--device', 'abacus'], '--device abacus'),
+    (['--nonsense'], '--nonsense'), (['--data', '/no/such/file'], '/no/such/file'), (['--ckpt', '/no/such'], '/no/such')])
+def test_wrong_flags_are_refused_in_one_line(args, says, capsys, tmp_path):
+    assert says in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'run', *args)
+
+
+def test_wrong_text_is_refused_and_nothing_is_harmed(capsys, tmp_path):
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    assert 'no text' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty)
+    (empty / 'x.txt').write_text('  \n')
+    assert 'no text' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty / 'x.txt')
+    (empty / 'x.txt').write_text('too short for anything')
+    assert 'too short' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty / 'x.txt')
+
+
+def test_unwritable_out_is_refused(capsys, tmp_path):
+    (tmp_path / 'file').write_text('here first')
+    assert 'cannot write' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'file' / 'run')
+    assert (tmp_path / 'file').read_text() == 'here first'
+
+
+def test_a_base_of_other_settings_is_not_overwritten(smoke, capsys, tmp_path):
+    digest = lambda: hashlib.sha256((smoke[0] / 'base/model.safetensors').read_bytes()).digest()
+    before = digest()
+    (tmp_path / 'x.txt').write_text('other text. ' * 20000)
+    assert 'another text' in refusal(capsys, '--preset', 'smoke', '--out', smoke[0], '--data', tmp_path / 'x.txt')
+    assert digest() == before
