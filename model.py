@@ -35,6 +35,9 @@ class InputError(ValueError):
 
 # ================================================================ configuration
 
+FAMILIES = 'mixtral', 'qwen2_moe', 'deepseek', 'olmoe', 'qwen3_moe'
+
+
 @dataclass
 class Config:
     """The sizes and switches of a model. `from_hf` reads a hub config.json, `to_hf` writes one."""
@@ -69,17 +72,55 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf):
-        """From a hub config.json (a dict). InputError names what is not supported."""
+        """From a hub config.json (a dict), in the spellings of transformers 4 and 5. InputError names what is not supported."""
         kind = hf.get('model_type')
-        if kind != 'mixtral':
-            raise InputError(f'model_type {kind!r} is not supported: use one of mixtral')
-        rope = hf.get('rope_parameters') or {'rope_theta': hf.get('rope_theta', 1e4)}
-        return cls(
-            kind, hf['vocab_size'], hf['hidden_size'], hf['num_hidden_layers'], hf['num_attention_heads'],
-            hf['num_key_value_heads'], hf.get('head_dim') or hf['hidden_size'] // hf['num_attention_heads'],
-            hf['num_local_experts'], hf['num_experts_per_tok'], hf['intermediate_size'],
-            tie=hf.get('tie_word_embeddings', False), rope_theta=rope['rope_theta'], norm_eps=hf['rms_norm_eps'],
-            max_len=hf['max_position_embeddings'], bos=hf.get('bos_token_id'), eos=hf.get('eos_token_id'))
+        if kind not in FAMILIES:
+            raise InputError(f'config.json: model_type {kind!r} is not supported, only {", ".join(FAMILIES)}')
+        qwen, deepseek = kind in ('qwen2_moe', 'qwen3_moe'), kind == 'deepseek'
+        rope = hf.get('rope_parameters') or {}
+        scaling = rope if rope.get('rope_type', 'default') != 'default' else hf.get('rope_scaling')
+        window = hf.get('sliding_window') if not qwen or hf.get('use_sliding_window') else None
+        for name, value in (('quantization_config', hf.get('quantization_config')), ('rope_scaling', scaling),
+                            ('sliding_window', window), ('clip_qkv', hf.get('clip_qkv')),
+                            ('attention_bias', hf.get('attention_bias'))):
+            if value:
+                raise InputError(f'config.json: {name} {value} is not supported')
+        if hf.get('hidden_act', 'silu') != 'silu':
+            raise InputError(f'config.json: hidden_act {hf["hidden_act"]!r} is not supported, only silu')
+        try:
+            n_layers, dim, heads = hf['num_hidden_layers'], hf['hidden_size'], hf['num_attention_heads']
+            layers = range(n_layers)
+            if qwen:
+                step, plain = hf.get('decoder_sparse_step', 1), hf.get('mlp_only_layers') or []
+                dense = tuple(i for i in layers if i in plain or (i + 1) % step)
+            elif deepseek:
+                dense = tuple(i for i in layers if i < hf.get('first_k_dense_replace', 0) or i % hf.get('moe_layer_freq', 1))
+            else:
+                dense = ()
+            expert_dim = hf['moe_intermediate_size' if qwen or deepseek else 'intermediate_size']
+            experts = hf.get('num_local_experts') or hf.get('num_experts') or hf['n_routed_experts']
+            shared = {'qwen2_moe': hf.get('shared_expert_intermediate_size') or 0,
+                      'deepseek': (hf.get('n_shared_experts') or 0) * expert_dim}.get(kind, 0)
+            config = cls(
+                kind, hf['vocab_size'], dim, n_layers, heads, hf.get('num_key_value_heads') or heads,
+                hf.get('head_dim') or dim // heads, experts, hf['num_experts_per_tok'], expert_dim,
+                norm_topk=kind == 'mixtral' or hf.get('norm_topk_prob', False), shared_dim=shared,
+                shared_gate=kind == 'qwen2_moe' and shared > 0, dense_layers=dense,
+                dense_dim=hf['intermediate_size'] if dense else 0, qkv_bias=kind == 'qwen2_moe' and hf.get('qkv_bias', True),
+                qk_norm={'olmoe': 'all', 'qwen3_moe': 'head'}.get(kind, ''), tie=hf.get('tie_word_embeddings', False),
+                rope_theta=rope.get('rope_theta') or hf.get('rope_theta', 10000.0), norm_eps=hf['rms_norm_eps'],
+                max_len=hf['max_position_embeddings'], bos=hf.get('bos_token_id'), eos=hf.get('eos_token_id'))
+        except KeyError as e:
+            raise InputError(f'config.json: the field {e} is missing') from None
+        except (TypeError, ZeroDivisionError) as e:
+            raise InputError(f'config.json: a field has a value that makes no sense ({e})') from None
+        sizes = ('n_vocab', 'dim', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'n_experts', 'top_k', 'expert_dim')
+        for name in sizes:
+            if type(value := getattr(config, name)) is not int or value < 1:
+                raise InputError(f'config.json: {name} is {value!r}, it must be a whole number above 0')
+        if config.top_k > config.n_experts or heads % config.n_kv_heads or config.head_dim % 2:
+            raise InputError('config.json: top_k above the number of experts, heads that do not divide, or an odd head_dim')
+        return config
 
     def to_hf(self):
         """The hub config.json (a dict) of a mixtral model, as transformers reads it."""
@@ -386,18 +427,26 @@ def read_safetensors(path):
 def hub_tensors(model):
     """{the hub's name of a tensor: a view of our parameter}; the stacked experts are one tensor each on the hub."""
     c, views = model.config, {}
+    mixtral = c.model_type == 'mixtral'
+    gate, up, down = ('w1', 'w3', 'w2') if mixtral else ('gate_proj', 'up_proj', 'down_proj')
+    spelling = [('.router.', '.gate.'), ('.shared_gate.', '.shared_expert_gate.'),
+                ('.shared.', '.shared_experts.' if c.model_type == 'deepseek' else '.shared_expert.')]
+    if mixtral:
+        spelling.append(('.mlp.', '.block_sparse_moe.'))
     for name, p in model.named_parameters():                   # a tied head is listed once, as the embedding
         name = name if name.startswith('lm_head') else 'model.' + name
-        block = name.replace('.mlp.', '.block_sparse_moe.')
+        for ours, theirs in spelling:
+            name = name.replace(ours, theirs)
+        block = name.rpartition('.')[0]
         if name.endswith('.w_in'):
             for n in range(c.n_experts):
-                views[block.replace('w_in', f'experts.{n}.w1.weight')] = p[n, :c.expert_dim]    # gate
-                views[block.replace('w_in', f'experts.{n}.w3.weight')] = p[n, c.expert_dim:]    # up
+                views[f'{block}.experts.{n}.{gate}.weight'] = p[n, :c.expert_dim]
+                views[f'{block}.experts.{n}.{up}.weight'] = p[n, c.expert_dim:]
         elif name.endswith('.w_out'):
             for n in range(c.n_experts):
-                views[block.replace('w_out', f'experts.{n}.w2.weight')] = p[n]                  # down
+                views[f'{block}.experts.{n}.{down}.weight'] = p[n]
         else:
-            views[block.replace('.router.', '.gate.')] = p
+            views[name] = p
     return views
 
 
@@ -419,21 +468,70 @@ def save(model, folder):
     write_json(folder / 'config.json', model.config.to_hf())   # last: a folder with a config is complete
 
 
-def load(folder, dtype=torch.float32, device='cpu'):
-    """The Transformer in a hub-format folder, frozen. InputError names the file or tensor that is wrong."""
+def weight_files(folder):
+    """{file name: [the tensors it should hold] or None for all}: what the index says, or the one model.safetensors."""
+    index = folder / 'model.safetensors.index.json'
+    if not index.exists():
+        if not (folder / 'model.safetensors').exists():
+            pickles = sorted(p.name for p in folder.glob('*.bin')) + sorted(p.name for p in folder.glob('*.pt'))
+            hint = f'; {pickles[0]} is a pickle, which is never read: convert it' if pickles else ''
+            raise InputError(f'{folder}: no model.safetensors and no model.safetensors.index.json{hint}')
+        return {'model.safetensors': None}
+    places = read_json(index)
+    places = places.get('weight_map') if isinstance(places, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise InputError(f'{index}: no weight_map of tensor names to file names')
+    files = {}
+    for name, file in places.items():
+        if Path(file).name != file or '\\' in file or not file.endswith('.safetensors'):
+            raise InputError(f'{index}: {name} is said to be in {file!r}, which is no .safetensors file of this folder')
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def load(folder, dtype=torch.float32, device='cpu', progress=None):
+    """The Transformer in a hub-format folder, frozen. InputError names the file or tensor that is wrong.
+
+    Every tensor is copied once, from the mapped file to its place in the stacked weights in the wanted dtype and device, one
+    file after another: memory peaks at the model plus one file. `progress(bytes so far, of all)` is called after each file.
+    """
     folder = Path(folder)
     config = Config.from_hf(read_json(folder / 'config.json'))
+    files = weight_files(folder)
+    for file in files:
+        if not (folder / file).exists():
+            raise InputError(f'{folder / file}: missing, though the index names it; fetch it again')
+    total = sum(os.path.getsize(folder / file) for file in files)
     with torch.device('meta'):
         model = Transformer(config).to(dtype)
+    left = {name: view.shape for name, view in hub_tensors(model).items()}
+    # refuse before anything of the model's size is allocated: the files must be able to hold it
+    if sum(map(math.prod, left.values())) > total:             # at least a byte per weight
+        raise InputError(f'{folder}: config.json describes {sum(map(math.prod, left.values())):,} weights, '
+                         f'the files have only {total:,} bytes')
     model = model.to_empty(device=device).requires_grad_(False)
-    views = hub_tensors(model)
-    tensors, _ = read_safetensors(folder / 'model.safetensors')
-    if wrong := sorted(views.keys() ^ tensors.keys()):
-        raise InputError(f'{folder}: tensor {wrong[0]} is {"missing" if wrong[0] in views else "not expected"}')
-    for name, view in views.items():
-        if view.shape != tensors[name].shape:
-            raise InputError(f'{folder}: {name} has shape {list(tensors[name].shape)}, expected {list(view.shape)}')
-        view.copy_(tensors[name])
+    views, done = hub_tensors(model), 0
+    for file, names in files.items():
+        path = folder / file
+        tensors, _ = read_safetensors(path)
+        if names is not None and (wrong := sorted(set(names) ^ tensors.keys())):
+            raise InputError(f'{path}: tensor {wrong[0]} is {"missing" if wrong[0] in names else "not in the index"}')
+        for name, tensor in tensors.items():
+            if name.endswith('rotary_emb.inv_freq'):           # old files carry the table that rope_table computes
+                continue
+            if name not in left:
+                raise InputError(f'{path}: tensor {name} is not expected in a {config.model_type} model')
+            if tensor.shape != left[name]:
+                raise InputError(f'{path}: {name} has shape {list(tensor.shape)}, expected {list(left[name])}')
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                raise InputError(f'{path}: {name} is {tensor.dtype}; quantised weights are not supported')
+            views[name].copy_(tensor)
+            del left[name]
+        done += os.path.getsize(path)
+        if progress:
+            progress(done, total)
+    if left:
+        raise InputError(f'{folder}: tensor {min(left)} is missing from every file')
     return model
 
 
