@@ -15,9 +15,12 @@ The same letters in every file:
 
 Read on in this order: model.py -> moe_dispatch.py -> allocator.py -> ppo.py -> train.py -> bench.py.
 """
+import codecs
 import json
 import math
 import os
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -510,6 +513,8 @@ def load(folder, dtype=torch.float32, device='cpu', progress=None):
         raise InputError(f'{folder}: config.json describes {sum(map(math.prod, left.values())):,} weights, '
                          f'the files have only {total:,} bytes')
     model = model.to_empty(device=device).requires_grad_(False)
+    if config.tie:                                             # to_empty gave each its own memory
+        model.lm_head.weight = model.embed_tokens.weight
     views, done = hub_tensors(model), 0
     for file, names in files.items():
         path = folder / file
@@ -544,33 +549,139 @@ def byte_characters():
     return [chr(b) if b in own else chr(256 + other.index(b)) for b in range(256)]
 
 
+# what the hub's files leave to the library: GPT-2's pattern, and what Unicode (but not Python's re) calls white space
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WHITE_SPACE = r'[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
+
+
+def isolate(pieces, pattern):
+    """Cut every piece at the matches of a compiled pattern; matches and what lies between them become pieces."""
+    out = []
+    for piece in pieces:
+        at = 0
+        for match in pattern.finditer(piece):
+            out += [piece[at:match.start()], match[0]]
+            at = match.end()
+        out.append(piece[at:])
+    return [piece for piece in out if piece]
+
+
 class Tokenizer:
-    """Text to token ids and back, from tokenizer.json and config.json in a checkpoint folder: byte-level BPE."""
+    """Text to token ids and back, from tokenizer.json (and bos, eos of config.json) in a checkpoint folder.
+
+    tiktoken merges whichever pair of neighbours has the lowest rank, so every kind of BPE is a table of ranks (bytes -> rank)
+    and, because a rank need not be an id, a table rank -> ids. Three kinds: SentencePiece with byte fallback (Mixtral),
+    byte-level with one pattern (Qwen, OLMoE, our own), byte-level behind several splits (DeepSeek).
+    """
 
     def __init__(self, folder):
         path = Path(folder) / 'tokenizer.json'
-        hf = read_json(path)
-        config = read_json(Path(folder) / 'config.json')
-        self.bos, self.eos = config.get('bos_token_id'), config.get('eos_token_id')
-        byte_of = {c: b for b, c in enumerate(byte_characters())}
-        as_bytes = lambda piece: bytes(byte_of[c] for c in piece)
-        vocab = hf['model']['vocab']
-        # tiktoken merges the pair of lowest rank first, so rank = order of the merges, the single bytes before them
-        ranks, self.id_of_rank = {}, []
-        for piece in [*(c for c in byte_characters() if c in vocab), *map(''.join, hf['model']['merges'])]:
-            ranks[as_bytes(piece)] = len(ranks)
-            self.id_of_rank.append(vocab[piece])
-        pattern = hf['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex']
-        self.bpe = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.bytes_of_id = {i: as_bytes(piece) for piece, i in vocab.items()}
-        for token in hf['added_tokens']:
-            self.bytes_of_id[token['id']] = token['content'].encode()
+        hf, config = read_json(path), read_json(Path(folder) / 'config.json')
+        self.bos = config.get('bos_token_id')
+        self.eos = config.get('eos_token_id')
+        self.ranks, self.ids_of_rank, self.bytes_of_id, self.stages = {}, [], {}, []
+        try:
+            vocab = hf['model']['vocab']
+            if hf['model'].get('type', 'BPE') != 'BPE':
+                raise InputError(f'{path}: a {hf["model"]["type"]} tokenizer is not supported, only BPE')
+            merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in hf['model']['merges']]
+            self.spm = bool(hf['model'].get('byte_fallback'))
+            normalizer = hf.get('normalizer') or {}
+            self.nfc = normalizer.get('type') == 'NFC'
+            pattern = self.read_spm(vocab, merges) if self.spm else self.read_byte_level(vocab, merges, hf['pre_tokenizer'])
+            self.added = {token['content']: token['id'] for token in hf.get('added_tokens', [])}
+            always = [token['content'] for token in hf.get('added_tokens', []) if not token['special']]
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise InputError(f'{path}: not a tokenizer.json this project can read ({type(e).__name__}: {e})') from None
+        for content, i in self.added.items():
+            self.bytes_of_id[i] = content.encode()
+        longest_first = lambda tokens: re.compile('|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r'(?!)')
+        self.match_added, self.match_always = longest_first(self.added), longest_first(always)
+        self.bpe = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={})
         self.n_vocab = max(self.bytes_of_id) + 1
 
-    def encode(self, text):
-        """Token ids of a text, no bos. Special tokens in the text are spelled out, not obeyed."""
-        return [self.id_of_rank[rank] for rank in self.bpe.encode_ordinary(text)]
+    def add_rank(self, key, ids):
+        if key not in self.ranks:
+            self.ranks[key] = len(self.ranks)
+            self.ids_of_rank.append(ids)
+
+    def read_byte_level(self, vocab, merges, pre):
+        """Ranks: the single bytes, then the merges in order. Returns tiktoken's pattern; further splits go to self.stages."""
+        byte_of = {c: b for b, c in enumerate(byte_characters())}
+        as_bytes = lambda piece: bytes(byte_of[c] for c in piece)
+        for c in byte_characters():
+            # a byte that never occurs in UTF-8 may have no token; tiktoken wants a rank for each
+            self.add_rank(as_bytes(c), [vocab[c]] if c in vocab else [])
+        for left, right in merges:
+            self.add_rank(as_bytes(left + right), [vocab[left + right]])
+        self.bytes_of_id = {i: as_bytes(piece) for piece, i in vocab.items() if all(c in byte_of for c in piece)}
+        steps = pre['pretokenizers'] if pre['type'] == 'Sequence' else [pre]
+        patterns = [step['pattern']['Regex'] for step in steps if step['type'] == 'Split']
+        digits = any(step['type'] == 'Digits' for step in steps)
+        if len(patterns) == 1 and not digits:
+            return patterns[0]
+        if not patterns and not digits:
+            return GPT2_PATTERN
+        self.stages = [re.compile(pattern.replace(r'\s', WHITE_SPACE)) for pattern in patterns]
+        if digits:
+            numbers = (chr(c) for c in range(0x110000) if unicodedata.category(chr(c))[0] == 'N')
+            self.stages.append(re.compile('[' + ''.join(numbers) + ']'))
+        return r'[\s\S]+'
+
+    def read_spm(self, vocab, merges):
+        """SentencePiece BPE with byte fallback: characters first, then words by the order of the merges, not of the ids.
+
+        A character that is no piece falls back to byte tokens, so its bytes must not merge half way: every character piece
+        comes before the words, each behind pretended tokens for its unfinished prefixes.
+        """
+        byte_id = [vocab[f'<0x{b:02X}>'] for b in range(256)]
+        for b in range(256):
+            c = chr(b).replace(' ', '▁')
+            self.add_rank(bytes([b]), [vocab[c] if b < 128 and c in vocab else byte_id[b]])
+        for piece, i in vocab.items():
+            if len(piece) == 1 and piece != '▁':
+                key = piece.encode()
+                for n in range(2, len(key)):
+                    self.add_rank(key[:n], [byte_id[b] for b in key[:n]])
+                self.add_rank(key, [i])
+        for left, right in merges:
+            self.add_rank((left + right).replace('▁', ' ').encode(), [vocab[left + right]])
+        self.bytes_of_id = {i: piece.replace('▁', ' ').encode() for piece, i in vocab.items()}
+        self.bytes_of_id.update({i: bytes([b]) for b, i in enumerate(byte_id)})
+        return r' *[^ ]+| +'                                   # a run of spaces stays with the word behind it
+
+    def encode(self, text, special=False):
+        """Token ids of a text, no bos. `special` obeys special tokens spelled in the text; without it they are plain text."""
+        match, ids, at = self.match_added if special else self.match_always, [], 0
+        for found in match.finditer(text):
+            ids += self.encode_plain(text[at:found.start()]) + [self.added[found[0]]]
+            at = found.end()
+        return ids + self.encode_plain(text[at:])
+
+    def encode_plain(self, text):
+        if not text:
+            return []
+        if self.spm:
+            text = ' ' + text.replace('▁', ' ')                # SentencePiece's dummy prefix
+        if self.nfc:
+            text = unicodedata.normalize('NFC', text)
+        pieces = [text]
+        for stage in self.stages:
+            pieces = isolate(pieces, stage)
+        return [i for piece in pieces for rank in self.bpe.encode_ordinary(piece) for i in self.ids_of_rank[rank]]
 
     def decode(self, ids):
         """The text of token ids; ids beyond the vocabulary give nothing, bytes that are no UTF-8 give U+FFFD."""
-        return b''.join(self.bytes_of_id.get(int(i), b'') for i in ids).decode('utf-8', errors='replace')
+        text = b''.join(self.bytes_of_id.get(int(i), b'') for i in ids).decode('utf-8', errors='replace')
+        return text[1:] if self.spm and text.startswith(' ') else text
+
+    def stream(self, ids):
+        """The text of an iterable of ids as it comes, piece by piece; a character appears when its last byte is there."""
+        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        first = self.spm
+        for i in ids:
+            text = decoder.decode(self.bytes_of_id.get(int(i), b''))
+            if first and text:
+                text, first = text.removeprefix(' '), False
+            yield text
+        yield decoder.decode(b'', final=True)

@@ -1,0 +1,63 @@
+"""Logits and token ids against the reference libraries' answers in tests/golden (made by make_golden.py, which names the versions)."""
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Config, Tokenizer, load, read_json, read_safetensors
+
+GOLDEN = Path(__file__).parent / 'golden'
+MODELS = sorted(p.name for p in GOLDEN.iterdir() if not p.name.startswith('tokenizer'))
+TOKENIZERS = sorted(p.name for p in GOLDEN.iterdir() if p.name.startswith('tokenizer'))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_logits_equal_transformers(name):
+    golden, _ = read_safetensors(GOLDEN / name / 'golden.safetensors')
+    logits = load(GOLDEN / name)(golden['tokens'])
+    assert (logits - golden['logits']).abs().max() < 1e-5 * max(1, golden['logits'].abs().max())
+
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_token_ids_equal_the_reference(name):
+    tokenizer = Tokenizer(GOLDEN / name)
+    for text, ids in json.loads((GOLDEN / name / 'golden.json').read_text()):
+        assert tokenizer.encode(text) == ids, repr(text)
+
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_random_text_round_trips_and_streams(name):
+    import unicodedata
+    tokenizer, rng = Tokenizer(GOLDEN / name), random.Random(1)
+    for _ in range(200):
+        text = ''.join(rng.choice('ab \n.1é漢🙂ø▁') if rng.random() < .7 else chr(rng.randrange(1, 0xd7ff)) for _ in range(30))
+        ids = tokenizer.encode(text)
+        wanted = unicodedata.normalize('NFC', text) if tokenizer.nfc else text.replace('▁', ' ') if tokenizer.spm else text
+        assert tokenizer.decode(ids) == wanted
+        pieces = list(tokenizer.stream(ids))
+        assert ''.join(pieces) == wanted and '\ufffd' not in ''.join(pieces)
+    assert tokenizer.decode([10 ** 6]) == ''                   # ids beyond the tokenizer exist in a padded head
+
+
+def test_special_tokens_are_obeyed_only_when_asked():
+    tokenizer = Tokenizer(GOLDEN / 'tokenizer-qwen')
+    end = tokenizer.added['<|endoftext|>']
+    assert end not in tokenizer.encode('a<|endoftext|>b') and end in tokenizer.encode('a<|endoftext|>b', special=True)
+    assert tokenizer.added['<think>'] in tokenizer.encode('a<think>b')          # not special: always matched
+
+
+def test_configs_of_transformers_4_and_5_say_the_same():
+    for name in MODELS:
+        new = read_json(GOLDEN / name / 'config.json')
+        old = {**new, 'rope_theta': (new.get('rope_parameters') or new)['rope_theta'], 'rope_scaling': None}
+        old.pop('rope_parameters', None)
+        assert Config.from_hf(new) == Config.from_hf(old)
+
+
+def test_sharded_and_tied_checkpoints_are_among_the_goldens():
+    assert len(list((GOLDEN / 'mixtral-tied-sharded').glob('model-*.safetensors'))) > 1
+    assert Config.from_hf(read_json(GOLDEN / 'mixtral-tied-sharded/config.json')).tie
+    assert Config.from_hf(read_json(GOLDEN / 'deepseek-1/config.json')).dense_layers == (0,)
+    assert Config.from_hf(read_json(GOLDEN / 'qwen2_moe-every-second/config.json')).dense_layers == (0,)
