@@ -210,8 +210,8 @@ class Counted:
         return self.mean_by_layer().mean().item()
 
 
-def bisect(mean_k, target, low, high, steps=14):
-    """The knob in low..high at which mean_k(knob) comes nearest to target; mean_k rises from low to high.
+def bisect(mean_k, target, low, high, steps=12):
+    """The knob in low..high at which mean_k(knob) comes nearest to target, within 0.1%; mean_k rises from low to high.
 
     `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives an end.
     """
@@ -221,5 +221,7 @@ def bisect(mean_k, target, low, high, steps=14):
         miss = mean_k(middle) - target
         if best is None or abs(miss) < abs(best[0]):
             best = miss, middle
+        if abs(miss) < 1e-3 * target:
+            break
         low, high = (low, middle) if miss > 0 else (middle, high)
     return best[1]

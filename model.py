@@ -471,6 +471,31 @@ def save(model, folder):
     write_json(folder / 'config.json', model.config.to_hf())   # last: a folder with a config is complete
 
 
+# short name: (the hub's id, size in GB)
+CHECKPOINTS = {
+    'mixtral-8x7b': ('mistralai/Mixtral-8x7B-v0.1', 93), 'mixtral-8x22b': ('mistralai/Mixtral-8x22B-v0.1', 281),
+    'qwen1.5-moe': ('Qwen/Qwen1.5-MoE-A2.7B', 29), 'deepseek-moe-16b': ('deepseek-ai/deepseek-moe-16b-base', 33),
+    'olmoe-1b-7b': ('allenai/OLMoE-1B-7B-0924', 14), 'qwen3-30b-a3b': ('Qwen/Qwen3-30B-A3B', 61)}
+
+
+def find_checkpoint(name):
+    """The folder of --ckpt: a folder itself, checkpoints/NAME, or the newest snapshot in the Hugging Face cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name not in CHECKPOINTS:
+        raise InputError(f'--ckpt {name}: no such folder, and not one of {", ".join(CHECKPOINTS)}')
+    hub_id, size = CHECKPOINTS[name]
+    home = os.environ.get('HF_HOME') or Path.home() / '.cache' / 'huggingface'
+    cache = Path(os.environ.get('HF_HUB_CACHE') or Path(home) / 'hub')
+    snapshots = (cache / f'models--{hub_id.replace("/", "--")}' / 'snapshots').glob('*/config.json')
+    places = [Path('checkpoints') / name, *(p.parent for p in sorted(snapshots, key=os.path.getmtime, reverse=True))]
+    for place in places:
+        if (place / 'config.json').exists():
+            return place
+    raise InputError(f'--ckpt {name}: neither in {places[0]} nor in {cache}; get its {size} GB with: '
+                     f"hf download {hub_id} --include '*.json' 'model*.safetensors' --local-dir {places[0]}")
+
+
 def weight_files(folder):
     """{file name: [the tensors it should hold] or None for all}: what the index says, or the one model.safetensors."""
     index = folder / 'model.safetensors.index.json'
@@ -579,6 +604,8 @@ class Tokenizer:
         hf, config = read_json(path), read_json(Path(folder) / 'config.json')
         self.bos = config.get('bos_token_id')
         self.eos = config.get('eos_token_id')
+        if isinstance(self.eos, list):                         # chat models may name several
+            self.eos = self.eos[0]
         self.ranks, self.ids_of_rank, self.bytes_of_id, self.stages = {}, [], {}, []
         try:
             vocab = hf['model']['vocab']

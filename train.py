@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import ppo
 from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, bisect, mass_labels)
-from model import (Config, InputError, Tokenizer, Transformer, byte_characters, load, read_json, save, write_json,
+from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, load, read_json, save, write_json,
                    write_whole)
 from moe_dispatch import flops
 
@@ -75,23 +75,23 @@ class Settings:
     adam_lr: float = 3e-3           # for embedding, head, router, norms
     balance: float = 0.01           # weight of the load-balancing loss
     # allocators
-    k_max: int = 8                  # A, actions 1..A
+    k_max: int = 0                  # A, actions 1..A; 0: 2K, at most N (--paper: N)
     extended: bool = True           # allocators see the router's sorted probabilities too
-    x_scale: float = 1.0            # divides the extended inputs' x: the larger, the slower x is learnt from
+    x_scale: float = 2.0            # divides the extended inputs' x: the larger, the slower x is learnt from
     warm_steps: int = 200           # of P-Warm, --paper only
     warm_lr: float = 1e-3
-    ppo_steps: int = 400
+    ppo_steps: int = 500
     ppo_batch: int = 16             # sequences a rollout
     group: int = 4                  # G, rollouts of the same tokens; 1: the Top-K counterfactual as baseline
-    ppo_lr: float = 1e-2            # decays linearly to 0; constant with --paper
+    ppo_lr: float = 2e-2            # decays linearly to 0; constant with --paper
     epochs: int = 3                 # PPO epochs a rollout
     clip: float = 0.2
-    entropy: float = 0.0            # bonus, nats per nat of entropy
-    price: float = 3e-3             # lambda at the start (the paper's value)
+    entropy: float = 3e-3           # bonus, nats of reward per nat of entropy
+    price: float = 2e-3             # lambda at the start, nats per expert and layer
     price_rate: float = 2e-4        # change of the price per step and unit of (mean k - target) / K
     weight_decay: float = 0.0
     # evaluation
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 32768
     heldout_tokens: int = 131072
 
 
@@ -100,8 +100,8 @@ PRESETS = {
     'smoke': dict(n_vocab=320, seq=64, documents=60, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, n_experts=8, expert_dim=16,
                   base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=2048, heldout_tokens=4096),
 }
-# Table of paper.md's settings, as far as they are published; clip and mini-batching are not, so ours stay
-PAPER = dict(extended=False, group=1, ppo_lr=1e-3, epochs=2, entropy=0.0, price=3e-3, lam=3e-3, weight_decay=0.1)
+# the published settings; clip and mini-batching are not published, so ours stay
+PAPER = dict(extended=False, group=1, ppo_lr=1e-3, epochs=2, entropy=0.0, lam=3e-3, weight_decay=0.1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,8 +114,12 @@ def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     p.add_argument('--preset', choices=PRESETS, help='sizes and steps (default tiny)')
     p.add_argument('--out', help='run folder (default out/PRESET)')
-    p.add_argument('--ckpt', metavar='FOLDER', help='a base model in the hub\'s format (default: learn one in OUT/base)')
-    p.add_argument('--data', metavar='FILE_OR_FOLDER', help='.txt and .py files (default: the standard library\'s sources)')
+    p.add_argument('--ckpt', metavar='NAME_OR_FOLDER', help=f'a base model in the hub\'s format: a folder, or one of '
+                   f'{", ".join(CHECKPOINTS)} (default: learn one in OUT/base)')
+    p.add_argument('--seq', type=int, help='tokens of a sequence; documents are packed (default 128)')
+    p.add_argument('--ppo-steps', type=int, help='PPO steps (default 500)')
+    p.add_argument('--ppo-batch', type=int, help='sequences of a rollout, before they are repeated (default 16)')
+    p.add_argument('--data', metavar='FILE_OR_FOLDER', help='.txt, .jsonl and .py files (default: the standard library\'s sources)')
     p.add_argument('--budget', type=float, help='mean k as a share of K, in (0, 1] (default 0.75)')
     p.add_argument('--lam', type=float, help='a fixed price in nats per expert and layer instead of a budget')
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
@@ -133,16 +137,24 @@ def parse(argv):
         raise InputError(f'--seed {s.seed}: must be 0 or more')
     if not 0 < s.budget <= 1:
         raise InputError(f'--budget {s.budget}: must be above 0 and at most 1')
-    if s.budget * s.top_k < 1:
-        raise InputError(f'--budget {s.budget}: every token runs at least 1 of K = {s.top_k} experts, so at least {1 / s.top_k:g}')
+    if not s.ckpt:
+        check_budget(s, s.top_k)
     if s.lam is not None and not (0 <= s.lam < math.inf):
         raise InputError(f'--lam {s.lam}: must be a number of nats, 0 or more')
+    for flag in ('seq', 'ppo_steps', 'ppo_batch'):
+        if getattr(s, flag) < 1:
+            raise InputError(f'--{flag.replace("_", "-")} {getattr(s, flag)}: must be 1 or more')
     try:
         torch.empty(1, device=s.device)
     except Exception as e:                                     # torch raises many kinds here
         raise InputError(f'--device {s.device}: {str(e).splitlines()[0]}') from None
-    s.out = s.out or f'out/{s.preset}'
+    s.out = s.out or f'out/{Path(s.ckpt).name if s.ckpt else s.preset}'
     return s
+
+
+def check_budget(s, top_k):
+    if s.lam is None and s.budget * top_k < 1:
+        raise InputError(f'--budget {s.budget}: every token runs at least 1 of K = {top_k} experts, so at least {1 / top_k:g}')
 
 
 class Progress:
@@ -192,23 +204,41 @@ class Text:
                     yield self.tokens[at], self.tokens[at + 1]
 
 
+def jsonl_documents(path, text):
+    """{path:line: text} of a .jsonl file: objects with a `text`, or with `messages` of role and content."""
+    documents = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                documents[f'{path}:{number}'] = row['text'] if 'text' in row else '\n\n'.join(
+                    f'{m["role"]}: {m["content"]}' for m in row['messages'])
+                if not isinstance(documents[f'{path}:{number}'], str):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise InputError(f'--data {path}:{number}: no JSON object with a `text` or with `messages`') from None
+    return documents
+
+
 def read_documents(source):
-    """{name: text} of a file or a folder of .txt and .py files; '' is the standard library without its tests."""
+    """{name: text} of a file or a folder of .txt, .jsonl and .py files; '' is the standard library without its tests."""
     root = Path(source or sysconfig.get_paths()['stdlib'])
     if not root.exists():
         raise InputError(f'--data {source}: no such file or folder')
     leave = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__'} if not source else set()
+    kinds = ('.txt', '.jsonl', '.py') if source else ('.py',)
     paths = [root] if root.is_file() else sorted(
-        p for p in root.rglob('*') if p.suffix in ('.txt', '.py') and p.is_file() and not leave & set(p.relative_to(root).parts)
-        and (source or p.suffix == '.py'))
+        p for p in root.rglob('*') if p.suffix in kinds and p.is_file() and not leave & set(p.relative_to(root).parts))
     documents = {}
-    for p in paths:
+    for path in paths:
+        name = path.relative_to(root).as_posix() if path != root else path.name
         try:
-            documents[p.relative_to(root).as_posix()] = p.read_text(encoding='utf-8', errors='replace')
+            text = path.read_text(encoding='utf-8', errors='replace')
         except OSError as e:
-            raise InputError(f'--data {p}: {e.strerror}') from None
+            raise InputError(f'--data {path}: {e.strerror}') from None
+        documents.update(jsonl_documents(name, text) if path.suffix == '.jsonl' else {name: text})
     if not any(text.strip() for text in documents.values()):
-        raise InputError(f'--data {root}: no text in .txt or .py files there')
+        raise InputError(f'--data {root}: no text in .txt, .jsonl or .py files there')
     return documents
 
 
@@ -285,8 +315,9 @@ def tokenizer_json(merges):
 
 
 def tokenize(texts, tokenizer, T, name):
-    """A Text of the documents, each followed by the separator. InputError if it holds no window of T tokens."""
-    ids = [tokenizer.encode(text) + [tokenizer.eos] for text in texts]
+    """A Text of the documents, bos before and eos behind each where the model has them. InputError if T tokens are not there."""
+    ids = [[tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode(text) + [tokenizer.eos] * (tokenizer.eos is not None)
+           for text in texts]
     tokens = torch.tensor([i for document in ids for i in document])
     if len(tokens) <= T:
         raise InputError(f'--data: the {name} split has {len(tokens)} tokens, too short for one sequence of {T + 1}')
@@ -394,7 +425,7 @@ def base_model(s, out):
     parts = split_documents(documents)
     splits = lambda tokenizer: [tokenize(part, tokenizer, s.seq, name)
                                 for part, name in zip(parts, ('train', 'calibration', 'held-out'))]
-    folder, recipe = Path(s.ckpt) if s.ckpt else out / 'base', base_recipe(s, documents)
+    folder, recipe = find_checkpoint(s.ckpt) if s.ckpt else out / 'base', base_recipe(s, documents)
     if not s.ckpt and not s.fresh and (folder / 'recipe.json').exists():
         old = read_json(folder / 'recipe.json')
         if changed := [name for name in recipe if old.get(name) != recipe[name]]:
@@ -420,18 +451,36 @@ def base_model(s, out):
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
         return load(folder, device=s.device), tokenizer, texts
-    model, tokenizer = load(folder, device=s.device), Tokenizer(folder)
-    return model, tokenizer, splits(tokenizer)
+    tokenizer = Tokenizer(folder)
+    texts = splits(tokenizer)
+    progress = Progress(f'load {folder}', 100)
+    model = load(folder, stored_dtype(folder), s.device, lambda done, total: progress(max(1, 100 * done // total), 0, GB=done / 1e9))
+    if (used := max(int(t.tokens.max()) for t in texts)) >= model.config.n_vocab:
+        raise InputError(f'{folder}: the tokenizer gives id {used}, the model has only {model.config.n_vocab} tokens')
+    return model, tokenizer, texts
+
+
+def stored_dtype(folder):
+    """The dtype that a checkpoint's config names; the weights are kept in it."""
+    hf = read_json(folder / 'config.json')
+    return {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
 
 
 # ================================================================ evaluation
+
+def token_logp(model, inputs, targets, choose_k):
+    """log p(target) in nats, (B,T) fp32, of inputs and targets (B,T) under a policy; the head in chunks of 1 GB of logits."""
+    hidden = model.hidden(inputs, choose_k)                                     # (B,T,C)
+    rows = max(1, 2 ** 28 // (model.config.n_vocab * inputs.shape[1]))
+    return torch.cat([ppo.next_token_logp(model.lm_head(h), y) for h, y in zip(hidden.split(rows), targets.split(rows))])
+
 
 @torch.no_grad()
 def evaluate(model, windows, choose_k, batch=32):
     """Loss in nats of every target token under a policy, and the policy's tally: ((n*T,) float64 on CPU, Counted)."""
     inputs, targets, _ = windows
     tally = Counted(choose_k, len(model.config.moe_layers))
-    losses = [-ppo.next_token_logp(model(x.to(model.device), tally), y.to(model.device)).flatten().cpu().double()
+    losses = [-token_logp(model, x.to(model.device), y.to(model.device), tally).flatten().cpu().double()
               for x, y in zip(inputs.split(batch), targets.split(batch))]
     return torch.cat(losses), tally
 
@@ -505,8 +554,9 @@ def look(s, model, inputs):
 
 
 def new_allocators(s, model, text):
-    """Allocators as PPO starts with them: on the published warm start, or near the budget."""
-    allocators = Allocators(model.config, model.config.n_experts if s.paper else s.k_max, s.extended).to(s.device)
+    """Allocators as PPO starts with them: after the published warm start, or near the budget."""
+    c = model.config
+    allocators = Allocators(c, c.n_experts if s.paper else s.k_max or min(2 * c.top_k, c.n_experts), s.extended).to(s.device)
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed))
     if s.paper:
         p_warm(s, model, allocators, batches)
@@ -561,7 +611,7 @@ def train_ppo(s, model, allocators, text, calibration, log):
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
     price = s.price if s.lam is None else s.lam
-    probe = calibration.windows(s.seq, s.calibration_tokens // 2)
+    probe = calibration.windows(s.seq, s.calibration_tokens // 4)
     probe_topk, _ = evaluate(model, probe, TopK(c.top_k))
     progress = Progress('ppo', s.ppo_steps)
     numbers = {}
@@ -571,11 +621,11 @@ def train_ppo(s, model, allocators, text, calibration, log):
         # rollout: G passes over the same tokens with sampled k, as one batch
         rollout = Rollout(allocators, generator)
         with torch.no_grad():
-            reward = ppo.next_token_logp(model(inputs.repeat(s.group, 1), rollout), targets.repeat(s.group, 1))
+            reward = token_logp(model, inputs.repeat(s.group, 1), targets.repeat(s.group, 1), rollout)                # (G*B,T)
             if s.group > 1:
                 adv = ppo.group_advantage(reward.view(s.group, -1)).view(1, -1)                             # (1,G*P)
             else:
-                adv = ppo.topk_advantage(reward.flatten(), ppo.next_token_logp(model(inputs), targets).flatten())
+                adv = ppo.topk_advantage(reward.flatten(), token_logp(model, inputs, targets, None).flatten())      # (1,P)
         z, k, logp_old = rollout.stacked()
 
         # update: the language model is not run again
@@ -677,6 +727,7 @@ def main(argv=None):
 
     model, tokenizer, (text, calibration, heldout) = base_model(s, out)
     c = model.config
+    check_budget(s, c.top_k)
     print(f'base: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(c.moe_layers)} MoE layers, '
           f'top-{c.top_k} of {c.n_experts}; text: {len(text.tokens):,} train, {len(calibration.tokens):,} calibration, '
           f'{len(heldout.tokens):,} held-out tokens')
