@@ -92,6 +92,8 @@ class Config:
             raise InputError(f'config.json: hidden_act {hf["hidden_act"]!r} is not supported, only silu')
         try:
             n_layers, dim, heads = hf['num_hidden_layers'], hf['hidden_size'], hf['num_attention_heads']
+            if n_layers > 1000:                                # a damaged file; each layer becomes a Python object
+                raise InputError(f'config.json: num_hidden_layers {n_layers} is more than any model has')
             layers = range(n_layers)
             if qwen:
                 step, plain = hf.get('decoder_sparse_step', 1), hf.get('mlp_only_layers') or []
@@ -496,6 +498,17 @@ def find_checkpoint(name):
                      f"hf download {hub_id} --include '*.json' 'model*.safetensors' --local-dir {places[0]}")
 
 
+def read_config(folder):
+    """The Config of a checkpoint folder; InputError names the file."""
+    hf = read_json(Path(folder) / 'config.json')
+    if not isinstance(hf, dict):
+        raise InputError(f'{folder}/config.json: not a JSON object')
+    try:
+        return Config.from_hf(hf)
+    except InputError as e:
+        raise InputError(f'{folder}/{e}') from None
+
+
 def weight_files(folder):
     """{file name: [the tensors it should hold] or None for all}: what the index says, or the one model.safetensors."""
     index = folder / 'model.safetensors.index.json'
@@ -524,23 +537,32 @@ def load(folder, dtype=torch.float32, device='cpu', progress=None):
     file after another: memory peaks at the model plus one file. `progress(bytes so far, of all)` is called after each file.
     """
     folder = Path(folder)
-    config = Config.from_hf(read_json(folder / 'config.json'))
+    config = read_config(folder)
     files = weight_files(folder)
     for file in files:
         if not (folder / file).exists():
             raise InputError(f'{folder / file}: missing, though the index names it; fetch it again')
-    total = sum(os.path.getsize(folder / file) for file in files)
     with torch.device('meta'):
         model = Transformer(config).to(dtype)
-    left = {name: view.shape for name, view in hub_tensors(model).items()}
-    # refuse before anything of the model's size is allocated: the files must be able to hold it
-    if sum(map(math.prod, left.values())) > total:             # at least a byte per weight
-        raise InputError(f'{folder}: config.json describes {sum(map(math.prod, left.values())):,} weights, '
-                         f'the files have only {total:,} bytes')
+    check_tensors(folder, files, {name: view.shape for name, view in hub_tensors(model).items()}, config.model_type)
+
     model = model.to_empty(device=device).requires_grad_(False)
     if config.tie:                                             # to_empty gave each its own memory
         model.lm_head.weight = model.embed_tokens.weight
-    views, done = hub_tensors(model), 0
+    views, done, total = hub_tensors(model), 0, sum(os.path.getsize(folder / file) for file in files)
+    for file in files:
+        for name, tensor in read_safetensors(folder / file)[0].items():
+            if name in views:
+                views[name].copy_(tensor)
+        done += os.path.getsize(folder / file)
+        if progress:
+            progress(done, total)
+    return model
+
+
+def check_tensors(folder, files, expected, model_type):
+    """Compare the headers of all files with the expected {name: shape}, before any memory of the model's size is taken."""
+    left = dict(expected)
     for file, names in files.items():
         path = folder / file
         tensors, _ = read_safetensors(path)
@@ -550,19 +572,14 @@ def load(folder, dtype=torch.float32, device='cpu', progress=None):
             if name.endswith('rotary_emb.inv_freq'):           # old files carry the table that rope_table computes
                 continue
             if name not in left:
-                raise InputError(f'{path}: tensor {name} is not expected in a {config.model_type} model')
+                raise InputError(f'{path}: tensor {name} is not expected in a {model_type} model of this config.json')
             if tensor.shape != left[name]:
-                raise InputError(f'{path}: {name} has shape {list(tensor.shape)}, expected {list(left[name])}')
+                raise InputError(f'{path}: {name} has shape {list(tensor.shape)}, config.json says {list(left[name])}')
             if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
                 raise InputError(f'{path}: {name} is {tensor.dtype}; quantised weights are not supported')
-            views[name].copy_(tensor)
             del left[name]
-        done += os.path.getsize(path)
-        if progress:
-            progress(done, total)
     if left:
-        raise InputError(f'{folder}: tensor {min(left)} is missing from every file')
-    return model
+        raise InputError(f'{folder}: tensor {min(left)} is missing from the weight files')
 
 
 # ================================================================ tokenizers: the hub's tokenizer.json on tiktoken

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 
 import ppo
 from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, bisect, mass_labels)
-from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, load, read_json, save, write_json,
-                   write_whole)
+from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, hub_tensors,
+                   load, read_json, save, write_json, write_whole)
 from moe_dispatch import flops
 
 
@@ -457,7 +457,18 @@ def base_model(s, out):
     model = load(folder, stored_dtype(folder), s.device, lambda done, total: progress(max(1, 100 * done // total), 0, GB=done / 1e9))
     if (used := max(int(t.tokens.max()) for t in texts)) >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {used}, the model has only {model.config.n_vocab} tokens')
+    check_forward(model, texts[0].tokens[:s.seq][None])
     return model, tokenizer, texts
+
+
+@torch.no_grad()
+def check_forward(model, inputs):
+    """One forward pass; InputError names the first weight that is not finite if the logits are not."""
+    if model(inputs[:1].to(model.device)).isfinite().all():
+        return
+    broken = [name for name, t in hub_tensors(model).items() if not t.isfinite().all()]
+    raise InputError(f'the base model gives NaN: {broken[0]} holds NaN or infinity' if broken else
+                     'the base model gives NaN on ordinary text, though all its weights are finite: is its dtype too narrow?')
 
 
 def stored_dtype(folder):
