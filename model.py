@@ -321,8 +321,8 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
-    """Continue tokens (B,T) by n tokens with a KV cache -> (B,T+n). temperature 0 takes the most probable token."""
+def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
+    """Yield the next n tokens after tokens (B,T), (B,1) each, with a KV cache. temperature 0 takes the most probable token."""
     B, T = tokens.shape
     cache = Cache(model.config, B, T + n, model.device, model.dtype)
     new = tokens
@@ -332,8 +332,12 @@ def generate(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
             new = logits.argmax(-1, keepdim=True)                                               # (B,1)
         else:
             new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
-        tokens = torch.cat([tokens, new], dim=1)
-    return tokens
+        yield new
+
+
+def generate(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
+    """Continue tokens (B,T) by n tokens -> (B,T+n). Arguments as in `generate_steps`."""
+    return torch.cat([tokens, *generate_steps(model, tokens, n, choose_k, temperature, generator)], dim=1)
 
 
 # ================================================================ checkpoints: safetensors in the hub's layout
@@ -719,10 +723,13 @@ class Tokenizer:
         text = b''.join(self.bytes_of_id.get(int(i), b'') for i in ids).decode('utf-8', errors='replace')
         return text[1:] if self.spm and text.startswith(' ') else text
 
-    def stream(self, ids):
-        """The text of an iterable of ids as it comes, piece by piece; a character appears when its last byte is there."""
+    def stream(self, ids, first=True):
+        """The text of an iterable of ids as it comes, piece by piece; a character appears when its last byte is there.
+
+        `first`: the ids begin a text, so that SentencePiece's space in front of it is dropped.
+        """
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        first = self.spm
+        first = first and self.spm
         for i in ids:
             text = decoder.decode(self.bytes_of_id.get(int(i), b''))
             if first and text:

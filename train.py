@@ -104,14 +104,16 @@ PRESETS = {
 PAPER = dict(extended=False, group=1, ppo_lr=1e-3, epochs=2, entropy=0.0, lam=3e-3, weight_decay=0.1)
 
 
-class Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
     def error(self, message):
         raise InputError(f'{message} (see --help)')
 
 
 def parse(argv):
     """Command line -> Settings: the preset's values, then --paper's, then what was given."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     p.add_argument('--preset', choices=PRESETS, help='sizes and steps (default tiny)')
     p.add_argument('--out', help='run folder (default out/PRESET)')
     p.add_argument('--ckpt', metavar='NAME_OR_FOLDER', help=f'a base model in the hub\'s format: a folder, or one of '
@@ -144,12 +146,16 @@ def parse(argv):
     for flag in ('seq', 'ppo_steps', 'ppo_batch'):
         if getattr(s, flag) < 1:
             raise InputError(f'--{flag.replace("_", "-")} {getattr(s, flag)}: must be 1 or more')
-    try:
-        torch.empty(1, device=s.device)
-    except Exception as e:                                     # torch raises many kinds here
-        raise InputError(f'--device {s.device}: {str(e).splitlines()[0]}') from None
+    open_device(s.device)
     s.out = s.out or f'out/{Path(s.ckpt).name if s.ckpt else s.preset}'
     return s
+
+
+def open_device(name):
+    try:
+        torch.empty(1, device=name)
+    except Exception as e:                                     # torch raises many kinds here
+        raise InputError(f'--device {name}: {str(e).splitlines()[0]}') from None
 
 
 def check_budget(s, top_k):
@@ -171,7 +177,8 @@ class Progress:
         self.shown, spent = now, now - self.start
         text = '  '.join(f'{name} {value:.4g}' for name, value in numbers.items())
         left = spent / step * (self.steps - step)
-        line = f'{self.stage} {step}/{self.steps}  {text}  {tokens / spent:,.0f} tok/s  {left // 60:.0f}:{left % 60:02.0f} left'
+        speed = f'  {tokens / spent:,.0f} tok/s' if tokens else ''
+        line = f'{self.stage} {step}/{self.steps}  {text}{speed}  {left // 60:.0f}:{left % 60:02.0f} left'
         if self.terminal:
             print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True)
         else:
@@ -453,8 +460,9 @@ def base_model(s, out):
         return load(folder, device=s.device), tokenizer, texts
     tokenizer = Tokenizer(folder)
     texts = splits(tokenizer)
-    progress = Progress(f'load {folder}', 100)
-    model = load(folder, stored_dtype(folder), s.device, lambda done, total: progress(max(1, 100 * done // total), 0, GB=done / 1e9))
+    progress = Progress('load %', 100)
+    model = load(folder, stored_dtype(folder), s.device,
+                 lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
     if (used := max(int(t.tokens.max()) for t in texts)) >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {used}, the model has only {model.config.n_vocab} tokens')
     check_forward(model, texts[0].tokens[:s.seq][None])

@@ -1,4 +1,5 @@
 """Small models for the tests, and the project's folder on the import path."""
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,3 +29,18 @@ def random_model(config, seed=0):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def python_train(*args):
+    """train.py in a process of its own, as a user starts it."""
+    train = Path(__file__).parent.parent / 'train.py'
+    return subprocess.run([sys.executable, train, *map(str, args)], capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope='session')
+def smoke(tmp_path_factory):
+    """(folder, what was printed) of one finished smoke run."""
+    out = tmp_path_factory.mktemp('smoke')
+    done = python_train('--preset', 'smoke', '--out', out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout

@@ -2,9 +2,6 @@
 import csv
 import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +9,8 @@ import torch
 
 import train
 from allocator import Allocators
+from conftest import python_train
 from model import Tokenizer, load
-
-ROOT = Path(__file__).parent.parent
-
-
-def python_train(*args):
-    return subprocess.run([sys.executable, ROOT / 'train.py', *map(str, args)], capture_output=True, text=True, timeout=200)
-
-
-@pytest.fixture(scope='session')
-def smoke(tmp_path_factory):
-    out = tmp_path_factory.mktemp('smoke')
-    done = python_train('--preset', 'smoke', '--out', out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
 
 def test_smoke_writes_what_it_promises(smoke):
     out, printed = smoke
