@@ -69,7 +69,7 @@ class Settings:
     n_experts: int = 16
     top_k: int = 4
     expert_dim: int = 96
-    base_steps: int = 1400
+    base_steps: int = 1200
     base_batch: int = 16            # sequences
     muon_lr: float = 0.02           # for the matrices
     adam_lr: float = 3e-3           # for embedding, head, router, norms

@@ -1,6 +1,7 @@
 """Fill the README's tables from the committed results: python .ci/readme.py (--check only compares).
 
-A block between <!-- table FILE --> and <!-- end --> is the table of that results.json, as train.py prints it.
+A block between <!-- table FILE --> and <!-- end --> is the table of that results.json, as train.py prints it, or of a list of
+what was tried.
 """
 import json
 import re
@@ -15,8 +16,18 @@ readme = root / 'README.md'
 old = readme.read_text()
 
 
+def tried(results):
+    lines = ['| what | start | after PPO | mean k |', '|---|---|---|---|']
+    for r in results['rows']:
+        start = f'{r["start"]:+.4f}' if 'start' in r else ''
+        lines.append(f'| {r["what"]} | {start} | {r["delta"]:+.4f} ± {r["delta_se"]:.4f} | {r["mean_k"]:.3f} |')
+    return '\n'.join(lines)
+
+
 def fill(match):
     results = json.loads((root / match[1]).read_text())
+    if 'note' in results:
+        return f'<!-- table {match[1]} -->\n{tried(results)}\n\n({results["note"]})\n<!-- end -->'
     stages = ', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in results['seconds'].items())
     note = (f'Base model {results["bits_per_byte"]:.3f} bits per byte on held-out text; {results["allocator_params"]:,} allocator weights; '
             f'seed {results["seed"]}; {stages}; peak memory {results["peak_gb"]:.1f} GB.')
