@@ -282,7 +282,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.n_vocab, config.dim)
+        # weights come from a file or from train.py; nn.Embedding's own start would import half of torch on the meta device
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.n_vocab, config.dim), freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.n_vocab, bias=False)
@@ -555,6 +556,7 @@ def load(folder, dtype=torch.float32, device='cpu', progress=None):
         model.lm_head.weight = model.embed_tokens.weight
     views, done, total = hub_tensors(model), 0, sum(os.path.getsize(folder / file) for file in files)
     for file in files:
+        read_ahead(folder / file)
         for name, tensor in read_safetensors(folder / file)[0].items():
             if name in views:
                 views[name].copy_(tensor)
@@ -562,6 +564,13 @@ def load(folder, dtype=torch.float32, device='cpu', progress=None):
         if progress:
             progress(done, total)
     return model
+
+
+def read_ahead(path):
+    """Ask the system to fetch the whole file while we copy its first tensors; a map alone fetches little at a time."""
+    if hasattr(os, 'posix_fadvise'):
+        with open(path, 'rb') as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def check_tensors(folder, files, expected, model_type):

@@ -4,10 +4,15 @@ A mixture-of-experts layer computes, for each token x with k experts chosen (pap
 
     y = sum over its k most probable experts n of  g_n * w_out[n] (silu(gate) * up),   [gate; up] = w_in[n] x
 
-Two paths keep one contract and a test compares them: `moe_loop` is obviously right, `moe_grouped` is fast.
+Three paths keep one contract and tests compare them; `moe` chooses:
+    moe_loop      the reference, obviously right
+    moe_exact     sorted rows and grouped matmuls over exactly sum(k) rows; one host sync; differentiable
+    moe_static    the same over all P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
 
     P tokens, C channels, F hidden width of one expert, N routed experts, K the model's top-k, k_max width of `ids`
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -43,7 +48,7 @@ def moe_loop(x, ids, weights, k, w_in, w_out):
     return y.to(x.dtype)
 
 
-# ---------------------------------------------------------------- the fast path: sort by expert, two grouped matmuls
+# ---------------------------------------------------------------- the fast paths: sort by expert, two grouped matmuls
 
 def plan(ids, k, n_experts):
     """Sort the (token, choice) pairs by expert; unused choices go to a pretended expert N, which sorts last.
@@ -61,15 +66,40 @@ def plan(ids, k, n_experts):
     return order // k_max, torch.where(used, row, row[:, :1]), ends
 
 
-def moe_grouped(x, ids, weights, k, w_in, w_out):
-    """Sorted grouped matmul over exactly sum(k) rows: one host sync, differentiable. Same contract as `moe`."""
-    token, row, ends = plan(ids, k, len(w_in))
-    token = token[:ends[-1]]                                                    # the host sync: how many rows there are
+def run_experts(x, token, row, ends, weights, w_in, w_out):
+    """Gather rows, two grouped matmuls, and a combine that gathers, weighs and sums in one pass with an fp32 accumulator."""
     rows = x.index_select(0, token)                                             # (rows,C)
     gate, up = F.grouped_mm(rows, w_in.mT, offs=ends).chunk(2, dim=-1)          # (rows,F) both
     expert = F.grouped_mm(F.silu(gate).mul_(up), w_out.mT, offs=ends)           # (rows,C)
-    # gather, weigh and sum in one pass with an fp32 accumulator
     return F.embedding_bag(row, expert, mode='sum', per_sample_weights=weights.to(expert.dtype))
+
+
+def moe_exact(x, ids, weights, k, w_in, w_out):
+    """Over exactly sum(k) rows: no row is wasted and none is garbage, so gradients are right. Same contract as `moe`."""
+    token, row, ends = plan(ids, k, len(w_in))
+    return run_experts(x, token[:ends[-1]], row, ends, weights, w_in, w_out)    # the host sync: how many rows there are
+
+
+def moe_static(x, ids, weights, k, w_in, w_out):
+    """Over all P*k_max rows, of which the matmuls compute the first sum(k) and leave the rest unwritten. Same contract as `moe`.
+
+    Forward only: in a backward pass the unwritten rows' gradients would be added to real tokens.
+    """
+    assert not torch.is_grad_enabled(), 'moe_static is forward only: call it under torch.no_grad()'
+    token, row, ends = plan(ids, k, len(w_in))
+    return run_experts(x, token, row, ends, weights, w_in, w_out)
+
+
+warned = set()
+
+
+def warn_of_fallback(x):
+    """Say once a dtype where torch runs grouped matmuls as a loop with a host sync: correct, but slow and in no CUDA graph."""
+    native = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    if not native and x.dtype not in warned:
+        warned.add(x.dtype)
+        print(f'moe_dispatch: grouped matmuls in {x.dtype} are a loop on {torch.cuda.get_device_name(x.device)}; '
+              f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x', file=sys.stderr)
 
 
 def moe(x, ids, weights, k, w_in, w_out):
@@ -77,9 +107,28 @@ def moe(x, ids, weights, k, w_in, w_out):
 
     x (P,C); ids (P,k_max) int64 and weights (P,k_max) from `select`; k (P,) integer in 1..k_max;
     w_in (N,2F,C), gate rows then up rows; w_out (N,C,F)  ->  (P,C) in x's dtype, accumulated in fp32.
+    The rule: without gradients on CUDA static, everything else exact.
     """
     assert ids.shape == weights.shape and len(ids) == len(x) == len(k), (x.shape, ids.shape, weights.shape, k.shape)
-    return moe_grouped(x, ids, weights, k, w_in, w_out)
+    if not x.is_cuda:                                          # reading these numbers is free here; on CUDA it would be a sync
+        check(x, ids, k, w_in, w_out)
+        return moe_exact(x, ids, weights, k, w_in, w_out)
+    warn_of_fallback(x)
+    path = moe_exact if torch.is_grad_enabled() else moe_static
+    return path(x, ids, weights, k, w_in, w_out)
+
+
+def check(x, ids, k, w_in, w_out):
+    """Assertions that name the offending value: k in 1..k_max, ids in 0..N-1, rows of a whole number of 16 bytes."""
+    if len(x) == 0:
+        return
+    low, high = k.aminmax()
+    assert 1 <= low and high <= ids.shape[1], f'k must lie in 1..{ids.shape[1]}, found {low.item()}..{high.item()}'
+    low, high = ids.aminmax()
+    assert 0 <= low and high < len(w_in), f'expert ids must lie in 0..{len(w_in) - 1}, found {low.item()}..{high.item()}'
+    for name, width in (('C', w_in.shape[2]), ('F', w_out.shape[2])):
+        assert width * x.element_size() % 16 == 0, \
+            f'{name} = {width} in {x.dtype} is no whole number of 16 bytes, which grouped matmuls need'
 
 
 # ---------------------------------------------------------------- what it costs

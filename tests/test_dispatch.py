@@ -1,4 +1,6 @@
 """moe_dispatch.py: the grouped path against the loop, selection by hand, FLOPs against torch's counter."""
+import re
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe_dispatch
 from allocator import TopK
 from conftest import random_model, tiny_config
-from moe_dispatch import flops, moe, moe_loop, select
+from moe_dispatch import flops, moe, moe_exact, moe_loop, moe_static, select
 
 P, C, F, N = 37, 16, 24, 6
 
@@ -73,6 +75,52 @@ def test_another_tokens_infinity_stays_there():
     poisoned = moe(*args)
     keep = torch.arange(P) != 5
     torch.testing.assert_close(poisoned[keep], clean[keep])
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_static_equals_the_loop_and_reads_no_garbage(name):
+    args = CASES[name]()
+    slow = moe_loop(*args)
+    poison()
+    with torch.no_grad():
+        torch.testing.assert_close(moe_static(*args), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_static_refuses_gradients():
+    with pytest.raises(AssertionError, match='forward only'):
+        moe_static(*case(torch.ones(P, dtype=torch.long)))
+
+
+def test_one_token_and_random_k_in_bf16():
+    for p in (1, 2, 5):
+        args = case(torch.randint(1, N + 1, (P,)), dtype=torch.bfloat16)
+        args = [a[:p] if len(a) == P else a for a in args]
+        poison()
+        with torch.no_grad():
+            for path in (moe_exact, moe_static):
+                exact = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
+                assert (path(*args).float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize('damage, says', [
+    (lambda a: a[3].__setitem__(4, 0), '1..6, found 0'), (lambda a: a[3].__setitem__(4, 7), 'found 1..7'),
+    (lambda a: a[1].__setitem__((4, 0), 6), 'found 0..6'), (lambda a: a[1].__setitem__((4, 0), -1), 'found -1..5'),
+    (lambda a: a.__setitem__(5, torch.randn(N, C, 23)) or a.__setitem__(4, torch.randn(N, 46, C)), 'F = 23'),
+    (lambda a: a.__setitem__(3, a[3][:-1]), 'torch.Size([36])')])
+def test_wrong_plans_are_refused_with_the_value(damage, says):
+    args = list(case(torch.ones(P, dtype=torch.long)))
+    damage(args)
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        moe(*args)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
+def test_paths_equal_the_loop_on_cuda():
+    args = [a.cuda() for a in case(torch.randint(1, N + 1, (P,)), dtype=torch.bfloat16)]
+    exact = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
+    with torch.no_grad():
+        for path in (moe_exact, moe_static, moe):
+            assert (path(*args).float() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_select_by_hand():

@@ -2,6 +2,8 @@
 import csv
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 
 import train
 from allocator import Allocators
-from conftest import python_train
-from model import Tokenizer, load
+from conftest import python_train, random_model
+from model import Config, Tokenizer, hub_tensors, load, write_json, write_safetensors
+
+GOLDEN = Path(__file__).parent / 'golden'
 
 def test_smoke_writes_what_it_promises(smoke):
     out, printed = smoke
@@ -170,3 +174,54 @@ def test_a_base_of_other_settings_is_not_overwritten(smoke, capsys, tmp_path):
     (tmp_path / 'x.txt').write_text('other text. ' * 20000)
     assert 'another text' in refusal(capsys, '--preset', 'smoke', '--out', smoke[0], '--data', tmp_path / 'x.txt')
     assert digest() == before
+
+
+# ---------------------------------------------------------------- the pipeline on loaded checkpoints
+
+def checkpoint(folder, hf, tokenizer, dtype):
+    """A random model of a hub config with one of the golden tokenizers, written as the hub has it."""
+    torch.manual_seed(0)
+    shutil.copytree(GOLDEN / tokenizer, folder)
+    config = Config.from_hf(hf)
+    model = random_model(config).to(dtype)
+    write_safetensors(folder / 'model.safetensors', hub_tensors(model))
+    write_json(folder / 'config.json', {**hf, 'torch_dtype': str(dtype).removeprefix('torch.')})
+
+
+SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, rms_norm_eps=1e-6,
+             max_position_embeddings=256, bos_token_id=None, eos_token_id=451)
+CHECKPOINTS = {
+    'deepseek': (dict(SIZES, model_type='deepseek', moe_intermediate_size=16, intermediate_size=48, n_routed_experts=8,
+                      num_experts_per_tok=4, n_shared_experts=2, first_k_dense_replace=1), 'tokenizer-deepseek', torch.float32),
+    'qwen2_moe in bf16': (dict(SIZES, model_type='qwen2_moe', moe_intermediate_size=16, intermediate_size=48, num_experts=8,
+                               num_experts_per_tok=4, shared_expert_intermediate_size=16), 'tokenizer-qwen', torch.bfloat16)}
+
+
+@pytest.mark.parametrize('name', CHECKPOINTS)
+def test_the_whole_pipeline_on_a_loaded_checkpoint(name, tmp_path):
+    hf, tokenizer, dtype = CHECKPOINTS[name]
+    checkpoint(tmp_path / 'model', hf, tokenizer, dtype)
+    rows = [{'text': f'line {i} of a text: {"and on " * 30}'} for i in range(150)] + [
+        {'messages': [{'role': 'user', 'content': 'is it so? ' * 20}, {'role': 'assistant', 'content': 'it is. ' * 20}]}] * 50
+    (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    train.main(['--preset', 'smoke', '--ckpt', str(tmp_path / 'model'), '--data', str(tmp_path / 'data.jsonl'),
+                '--out', str(tmp_path / 'out')])
+    results = json.loads((tmp_path / 'out/results.json').read_text())
+    rows = {row['method']: row for row in results['rows']}
+    L = len(Config.from_hf(hf).moe_layers)
+    assert all(len(row['mean_k_by_layer']) == L and np.isfinite(row['loss']) for row in rows.values())
+    assert rows['top-k']['mean_k'] == 4 and rows['ada-k']['mean_k'] < 3.4
+    assert Allocators.load(tmp_path / 'out/allocator.safetensors', Config.from_hf(hf)).weight.shape == (L, 8, 32 + 8)
+
+
+def test_jsonl_rows_become_documents(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "one"}\n\n{"messages": [{"role": "user", "content": "two"}]}\n')
+    (tmp_path / 'b.txt').write_text('three')
+    (tmp_path / 'c.md').write_text('not read')
+    assert list(train.read_documents(str(tmp_path)).values()) == ['one', 'user: two', 'three']
+
+
+@pytest.mark.parametrize('line', ['{', '[]', '{"txt": "x"}', '{"text": 3}', '{"messages": "x"}', '{"messages": [{"role": "user"}]}'])
+def test_wrong_jsonl_is_refused_by_line(line, capsys, tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "fine"}\n' + line)
+    assert 'a.jsonl:2' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'o', '--data', tmp_path)
