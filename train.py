@@ -628,7 +628,7 @@ def p_warm(s, model, allocators, batches):
 def train_ppo(s, model, allocators, text, calibration, log):
     """PPO (eq. 4-11). Appends one dict per step to `log`; changes `allocators` in place."""
     c = model.config
-    L, target = len(c.moe_layers), s.budget * c.top_k
+    target = s.budget * c.top_k
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)

@@ -1,7 +1,7 @@
 """Fill the README's tables from the committed results: python .ci/readme.py (--check only compares).
 
 A block between <!-- table FILE --> and <!-- end --> is the table of that results.json, as train.py prints it, or of a list of
-what was tried.
+what was tried; between <!-- text FILE --> and <!-- end --> stands the file itself.
 """
 import json
 import re
@@ -34,7 +34,24 @@ def fill(match):
     return f'<!-- table {match[1]} -->\n{table(results["rows"])}\n\n{note}\n<!-- end -->'
 
 
-new = re.sub(r'<!-- table (\S+) -->.*?<!-- end -->', fill, old, flags=re.DOTALL)
+def quote(match):
+    return f'<!-- text {match[1]} -->\n```\n{(root / match[1]).read_text().strip()}\n```\n<!-- end -->'
+
+
+def benched(match):
+    from bench import model_lines, ratios
+    r = json.loads((root / match[1]).read_text())
+    m = r['model']
+    caption = (f'{r["machine"]}, torch {r["torch"]}; copy {r["reached"]["copy"] / 1e9:.0f} GB/s, matmul '
+               f'{r["reached"]["float32"] / 1e12:.2f} TFLOP/s in float32, {r["reached"]["bfloat16"] / 1e12:.2f} in bfloat16; {r["seconds"]:.0f} s')
+    sizes = ', '.join(f'{name} {m[name]}' for name in ('C', 'F', 'N', 'K', 'layers', 'V', 'T', 'dtype'))
+    return (f'<!-- bench {match[1]} -->\n({caption})\n\nA whole model ({sizes}; decode at batch 1, {m["new"]} tokens behind 16):\n\n{model_lines(m)}\n\n'
+            f'The experts of one layer:\n\n{ratios(r["dispatch"])}\n<!-- end -->')
+
+
+new = re.sub(r'<!-- bench (\S+) -->.*?<!-- end -->', benched, old, flags=re.DOTALL)
+new = re.sub(r'<!-- text (\S+) -->.*?<!-- end -->', quote, new, flags=re.DOTALL)
+new = re.sub(r'<!-- table (\S+) -->.*?<!-- end -->', fill, new, flags=re.DOTALL)
 if '--check' in sys.argv:
     sys.exit(0 if new == old else 'README.md is not what the results say: run python .ci/readme.py')
 readme.write_text(new)

@@ -1,4 +1,5 @@
 """bench.py from the command line: generation under each policy, and wrong inputs."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,22 @@ def test_wrong_flags_are_refused_in_one_line(args, says, smoke, capsys):
         bench.command_line(['--prompt', 'x', *base, *args])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count('\n') == 1 and says in error
+
+
+def test_quick_bench_writes_its_tables(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / 'bench.py', '--quick', '--out', tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / 'bench.json').read_text())
+    rows = results['dispatch']
+    assert {(r['dtype'], r['stage'], r['T']) for r in rows} == {
+        (dtype, *stage) for dtype in ('float32', 'bfloat16')
+        for stage in (('prefill', 64), ('decode', 8), ('decode', 1), ('forward + backward', 32))}
+    assert {r['path'] for r in rows} >= {'loop', 'exact', 'static', 'dense pair'}
+    assert all(0 < r['low'] <= r['ms'] <= r['high'] for r in rows)
+    for r in rows:
+        if r['stage'] == 'prefill':                            # 6*C*F FLOPs a row, rows = sum of k
+            assert r['flops'] == pytest.approx(6 * 64 * 32 * 64 * r['mean_k'], rel=0.02)
+    top, ada = results['model']['rows']
+    assert ada['prefill_mean_k'] == pytest.approx(1.4, abs=0.05) and top['prefill_mean_k'] == 2
+    assert sum(ada['share_of_prefill'].values()) == pytest.approx(1) and ada['share_of_prefill']['allocator'] > 0
+    assert '| exact |' in done.stdout and '| ada-k |' in done.stdout

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from model import Config, Tokenizer, load, read_json, read_safetensors
 
