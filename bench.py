@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 import moe_dispatch
 from allocator import AdaK, Allocators, Counted, RandomMix, Skip, TopK, TopP, bisect
-from model import Config, InputError, Tokenizer, find_checkpoint, generate, generate_steps, load, write_json
-from train import OneLineParser, new_model, open_device, stored_dtype
+from model import Config, InputError, Tokenizer, find_checkpoint, generate, generate_steps, load, read_config, write_json
+from train import OneLineParser, Progress, new_model, open_device, stored_dtype
 
 
 # ================================================================ timing
@@ -339,13 +339,13 @@ COLOURS = 17, 24, 66, 144, 221
 
 
 
-def make_policy(name, config, run):
+def make_policy(name, config, run, device):
     """The policy that `--policy` names; InputError says what is wrong with it."""
     kind, _, knob = name.partition('=')
     if kind == 'ada-k':
         if not run:
             raise InputError('--policy ada-k: give the trained run with --run FOLDER')
-        return AdaK(Allocators.load(Path(run) / 'allocator.safetensors', config))
+        return AdaK(Allocators.load(Path(run) / 'allocator.safetensors', config).to(device))
     if name == 'top-k':
         return TopK(config.top_k)
     try:
@@ -394,13 +394,14 @@ def coloured(model, tokenizer, tokens, policy):
 def generation(a):
     """Continue the prompt, printing text as it comes, then speed and mean k."""
     folder = find_checkpoint(a.ckpt) if a.ckpt else Path(a.run) / 'base'
-    tokenizer = Tokenizer(folder)
-    model = load(folder, stored_dtype(folder), a.device)
-    c = model.config
-    policy = make_policy(a.policy or ('ada-k' if a.run else 'top-k'), c, a.run)
+    tokenizer, c = Tokenizer(folder), read_config(folder)
+    policy = make_policy(a.policy or ('ada-k' if a.run else 'top-k'), c, a.run, a.device)
     ids = [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode(a.prompt)
     if not ids:
         raise InputError('--prompt: is empty')
+    progress = Progress('load %', 100)
+    model = load(folder, stored_dtype(folder), a.device,
+                 lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
     tokens = torch.tensor([ids], device=a.device)
     tally = Counted(policy, len(c.moe_layers))
     generator = torch.Generator(a.device).manual_seed(a.seed)

@@ -168,11 +168,11 @@ def check_budget(s, top_k):
 
 
 class Progress:
-    """One updating line on a terminal, a plain line every ten seconds elsewhere: step, numbers, speed, time left."""
+    """One updating line on stderr if that is a terminal, else a plain line every ten seconds: step, numbers, speed, time left."""
 
     def __init__(self, stage, steps):
         self.stage, self.steps, self.start, self.shown = stage, steps, time.time(), 0.0
-        self.terminal = sys.stdout.isatty()
+        self.terminal = sys.stderr.isatty()
 
     def __call__(self, step, tokens, **numbers):
         now, last = time.time(), step == self.steps
@@ -184,9 +184,9 @@ class Progress:
         speed = f'  {tokens / spent:,.0f} tok/s' if tokens else ''
         line = f'{self.stage} {step}/{self.steps}  {text}{speed}  {left // 60:.0f}:{left % 60:02.0f} left'
         if self.terminal:
-            print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True)
+            print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True, file=sys.stderr)
         else:
-            print(line, flush=True)
+            print(line, flush=True, file=sys.stderr)
 
 
 # ================================================================ text

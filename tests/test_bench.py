@@ -39,7 +39,7 @@ def test_coloured_text_is_the_text(smoke):
                                                ('skip=0.5', Skip, 3)])
 def test_policies_by_name(name, kind, k_max):
     from conftest import tiny_config
-    policy = bench.make_policy(name, tiny_config(), None)
+    policy = bench.make_policy(name, tiny_config(), None, 'cpu')
     assert type(policy) is kind and policy.k_max == k_max
 
 
