@@ -6,7 +6,7 @@ A mixture-of-experts layer computes, for each token x with k experts chosen (pap
 
 Three paths keep one contract and tests compare them; `moe` chooses:
     moe_loop      the reference, obviously right
-    moe_exact     sorted rows and grouped matmuls over exactly sum(k) rows; one host sync; differentiable
+    moe_exact     sorted rows, matmuls expert by expert over exactly sum(k) rows; one host sync; differentiable
     moe_static    the same over all P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
 
     P tokens, C channels, F hidden width of one expert, N routed experts, K the model's top-k, k_max width of `ids`
@@ -66,18 +66,35 @@ def plan(ids, k, n_experts):
     return order // k_max, torch.where(used, row, row[:, :1]), ends
 
 
-def run_experts(x, token, row, ends, weights, w_in, w_out):
-    """Gather rows, two grouped matmuls, and a combine that gathers, weighs and sums in one pass with an fp32 accumulator."""
-    rows = x.index_select(0, token)                                             # (rows,C)
+def experts_grouped(rows, ends, w_in, w_out):
+    """Two grouped matmuls over sorted rows (rows,C) -> (rows,C); rows from ends[-1] on are never written."""
     gate, up = F.grouped_mm(rows, w_in.mT, offs=ends).chunk(2, dim=-1)          # (rows,F) both
-    expert = F.grouped_mm(F.silu(gate).mul_(up), w_out.mT, offs=ends)           # (rows,C)
+    return F.grouped_mm(F.silu(gate).mul_(up), w_out.mT, offs=ends)             # (rows,C)
+
+
+def experts_split(rows, ends, w_in, w_out):
+    """The same for a CPU, where torch's grouped matmul is a loop anyway: expert by expert, what is between its two matmuls
+    stays in the cache. Needs ends[-1] == len(rows)."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    out = []
+    for part, expert_in, expert_out in zip(rows.split(sizes), w_in.unbind(), w_out.unbind()):
+        if len(part):
+            gate, up = F.linear(part, expert_in).chunk(2, dim=-1)               # (size,F) both
+            out.append(F.linear(F.silu(gate).mul_(up), expert_out))             # (size,C)
+    return torch.cat(out)
+
+
+def combine(expert, row, weights):
+    """Gather, weigh and sum in one pass with an fp32 accumulator: expert (rows,C), row and weights (P,k_max) -> (P,C)."""
     return F.embedding_bag(row, expert, mode='sum', per_sample_weights=weights.to(expert.dtype))
 
 
 def moe_exact(x, ids, weights, k, w_in, w_out):
     """Over exactly sum(k) rows: no row is wasted and none is garbage, so gradients are right. Same contract as `moe`."""
     token, row, ends = plan(ids, k, len(w_in))
-    return run_experts(x, token[:ends[-1]], row, ends, weights, w_in, w_out)    # the host sync: how many rows there are
+    rows = x.index_select(0, token[:ends[-1]])                                  # (sum(k),C); the host sync: how many there are
+    experts = experts_grouped if x.is_cuda or torch.is_grad_enabled() else experts_split    # backwards grouped is faster on a CPU too
+    return combine(experts(rows, ends, w_in, w_out), row, weights)
 
 
 def moe_static(x, ids, weights, k, w_in, w_out):
@@ -87,7 +104,7 @@ def moe_static(x, ids, weights, k, w_in, w_out):
     """
     assert not torch.is_grad_enabled(), 'moe_static is forward only: call it under torch.no_grad()'
     token, row, ends = plan(ids, k, len(w_in))
-    return run_experts(x, token, row, ends, weights, w_in, w_out)
+    return combine(experts_grouped(x.index_select(0, token), ends, w_in, w_out), row, weights)
 
 
 warned = set()

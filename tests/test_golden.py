@@ -4,7 +4,11 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import moe_dispatch
 from model import Config, Tokenizer, load, read_json, read_safetensors
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -60,3 +64,12 @@ def test_sharded_and_tied_checkpoints_are_among_the_goldens():
     assert Config.from_hf(read_json(GOLDEN / 'mixtral-tied-sharded/config.json')).tie
     assert Config.from_hf(read_json(GOLDEN / 'deepseek-1/config.json')).dense_layers == (0,)
     assert Config.from_hf(read_json(GOLDEN / 'qwen2_moe-every-second/config.json')).dense_layers == (0,)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_flops_of_every_family_equal_torchs_counter(name, monkeypatch):
+    monkeypatch.setattr(moe_dispatch, 'moe', moe_dispatch.moe_loop)             # the counter knows neither grouped matmuls
+    model, tokens = load(GOLDEN / name), torch.randint(32, (2, 16))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # nor the CPU's fused attention
+        model(tokens)
+    assert counter.get_total_flops() == moe_dispatch.flops(model.config, model.config.top_k, 16)['total'] * tokens.numel()
