@@ -46,7 +46,7 @@ def benched(match):
                f'{r["reached"]["float32"] / 1e12:.2f} TFLOP/s in float32, {r["reached"]["bfloat16"] / 1e12:.2f} in bfloat16; {r["seconds"]:.0f} s')
     sizes = ', '.join(f'{name} {m[name]}' for name in ('C', 'F', 'N', 'K', 'layers', 'V', 'T', 'dtype'))
     return (f'<!-- bench {match[1]} -->\n({caption})\n\nA whole model ({sizes}; decode at batch 1, {m["new"]} tokens behind 16):\n\n{model_lines(m)}\n\n'
-            f'The experts of one layer:\n\n{ratios(r["dispatch"])}\n<!-- end -->')
+            f'<details><summary>The experts of one layer, every path</summary>\n\n{ratios(r["dispatch"])}\n\n</details>\n<!-- end -->')
 
 
 new = re.sub(r'<!-- bench (\S+) -->.*?<!-- end -->', benched, old, flags=re.DOTALL)
