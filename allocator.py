@@ -151,18 +151,16 @@ class Allocators(nn.Module):
 
 
 class AdaK:
-    """k by trained allocators: the most probable k, or a draw from the distribution (eq. 5) if `sample`."""
+    """k by trained allocators: the most probable k. `Rollout` draws from the distribution (eq. 5)."""
 
-    def __init__(self, allocators, sample=False, price=None):
-        self.allocators, self.sample, self.k_max = allocators, sample, allocators.k_max
+    def __init__(self, allocators, price=None):
+        self.allocators, self.k_max = allocators, allocators.k_max
         price = allocators.price if price is None else price
         self.shift = price * torch.arange(1, self.k_max + 1, device=allocators.weight.device)    # (k_max,)
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
         logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs)) - self.shift
-        if self.sample:
-            return 1 + torch.multinomial(F.softmax(logits, -1), 1).squeeze(1)
         return 1 + logits.argmax(-1)
 
 

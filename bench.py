@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 import moe_dispatch
 from allocator import AdaK, Allocators, Counted, RandomMix, Skip, TopK, TopP, bisect
-from model import Config, InputError, Tokenizer, find_checkpoint, generate, generate_steps, load, read_config, write_json
-from train import OneLineParser, Progress, new_model, open_device, stored_dtype
+from model import Config, InputError, Tokenizer, find_checkpoint, generate, generate_steps, read_config, write_json
+from train import OneLineParser, load_model, new_model, open_device, open_out
 
 
 # ================================================================ timing
@@ -274,7 +274,7 @@ def model_table(config, device, dtype, T, n_new, rounds):
 # ================================================================ printing
 
 def ratios(rows):
-    """The dispatch table as Markdown: milliseconds with quartiles, and ratios to the best of transformers (or to exact) at top-K."""
+    """The dispatch table as Markdown: milliseconds with quartiles, and ratios to the best of transformers at top-K."""
     lines = ['| shape | dtype | stage | T | path | top-K ms | 0.75 K ms | own ratio | top-K / best peer | 0.75 K / best peer | of limit |',
              '|---|---|---|---|---|---|---|---|---|---|---|']
     key = lambda r: (r['shape'], r['dtype'], r['stage'], r['T'])
@@ -310,11 +310,7 @@ def bench(a):
     """All tables, printed and written to OUT/bench.json."""
     device, start = torch.device(a.device), time.time()
     torch.manual_seed(a.seed)
-    out = Path(a.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
+    out = open_out(a.out)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     reached = machine(device)
     print(f'{name}, torch {torch.__version__}: copy {reached["copy"] / 1e9:.0f} GB/s, matmul {reached["float32"] / 1e12:.2f} TFLOP/s in '
@@ -401,9 +397,7 @@ def generation(a):
     ids = [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode(a.prompt)
     if not ids:
         raise InputError('--prompt: is empty')
-    progress = Progress('load %', 100)
-    model = load(folder, stored_dtype(folder), a.device,
-                 lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
+    model = load_model(folder, a.device)
     tokens = torch.tensor([ids], device=a.device)
     tally = Counted(policy, len(c.moe_layers))
     generator = torch.Generator(a.device).manual_seed(a.seed)
@@ -436,7 +430,7 @@ def parse(argv):
     p.add_argument('--run', metavar='FOLDER', help='a finished run of train.py: its allocator.safetensors')
     p.add_argument('--prompt', help='continue this text instead of timing')
     p.add_argument('--quick', action='store_true', help='tiny sizes and few rounds, for tests')
-    p.add_argument('--out', default='out', help='folder of bench.json and the figure (default out)')
+    p.add_argument('--out', default='out', help='folder of bench.json (default out)')
     p.add_argument('--tokens', type=int, default=100, help='how many tokens to generate (default 100)')
     p.add_argument('--policy', help='ada-k (default with --run), top-k (default without), k=2, mix=1.5, top-p=0.4, skip=0.5')
     p.add_argument('--temperature', type=float, default=0.0, help='0: the most probable token (default)')

@@ -161,6 +161,18 @@ def open_device(name):
         raise InputError(f'--device {name}: {str(e).splitlines()[0]}') from None
 
 
+def open_out(name):
+    """The folder of --out, made if need be; InputError unless files can be written there."""
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / '.writable', lambda f: None)
+        (out / '.writable').unlink()
+    except OSError as e:
+        raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
+    return out
+
+
 def check_budget(s, top_k):
     """InputError if the budget is below one expert a token."""
     if s.lam is None and s.budget * top_k < 1:
@@ -463,9 +475,7 @@ def base_model(s, out):
         return load(folder, device=s.device), tokenizer, texts
     tokenizer = Tokenizer(folder)
     texts = splits(tokenizer)
-    progress = Progress('load %', 100)
-    model = load(folder, stored_dtype(folder), s.device,
-                 lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
+    model = load_model(folder, s.device)
     if (used := max(int(t.tokens.max()) for t in texts)) >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {used}, the model has only {model.config.n_vocab} tokens')
     check_forward(model, texts[0].tokens[:s.seq][None])
@@ -482,10 +492,11 @@ def check_forward(model, inputs):
                      'the base model gives NaN on ordinary text, though all its weights are finite: is its dtype too narrow?')
 
 
-def stored_dtype(folder):
-    """The dtype that a checkpoint's config names; the weights are kept in it."""
-    hf = read_json(folder / 'config.json')
-    return {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
+def load_model(folder, device):
+    """The model of a checkpoint folder in the dtype that its config names, with a progress line."""
+    hf, progress = read_json(folder / 'config.json'), Progress('load %', 100)
+    dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
+    return load(folder, dtype, device, lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
 
 
 # ================================================================ evaluation
@@ -549,22 +560,23 @@ def compare(s, model, allocators, calibration, heldout):
 
 
 def bits_per_byte(nats, windows, tokenizer):
-    """Mean bits per byte of the target text; `nats` is the loss of its tokens, a separator counts as no byte."""
+    """Mean bits per byte of the target text; `nats` is the loss of its tokens or their sum, a separator counts as no byte."""
     n_bytes = torch.tensor([0 if i == tokenizer.eos else len(tokenizer.bytes_of_id.get(i, b'')) for i in range(int(windows[1].max()) + 1)])
     return (nats.sum() / math.log(2) / n_bytes[windows[1]].sum()).item()
 
 
 # ================================================================ allocators: warm start, then PPO
 
-class Record:
+class Record(TopK):
     """The model's own top-k, keeping what allocators would see: x and probs of every layer of one pass."""
 
     def __init__(self, k):
-        self.k_max, self.seen = k, []
+        super().__init__(k)
+        self.seen = []
 
     def __call__(self, layer, x, probs):
         self.seen.append((x, probs))
-        return torch.full((len(x),), self.k_max, device=x.device)
+        return super().__call__(layer, x, probs)
 
 
 @torch.no_grad()
@@ -734,13 +746,7 @@ def figures(out, log, rows, top_k, target):
 
 def main(argv=None):
     s = parse(argv)
-    out = Path(s.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / '.writable', lambda f: None)
-        (out / '.writable').unlink()
-    except OSError as e:
-        raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
+    out = open_out(s.out)
     torch.manual_seed(s.seed)
     seconds, clock = {}, time.time()
 
@@ -777,7 +783,7 @@ def main(argv=None):
     write_log(out / 'log.csv', log)
     rows = compare(s, model, allocators, calibration, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
-    bpb = bits_per_byte(evaluate(model, windows, TopK(c.top_k))[0], windows, tokenizer)
+    bpb = bits_per_byte(torch.tensor(rows[0]['loss'] * windows[1].numel(), dtype=torch.float64), windows, tokenizer)
     lap('evaluation')
     print(table(rows))
     print(f'base model: {bpb:.3f} bits per byte on held-out text')
