@@ -33,19 +33,18 @@ class TopK:
 
 
 class RandomMix:
-    """floor(mean_k) or one more, drawn so that the mean is mean_k: what a blind saving of the same size costs."""
+    """floor(mean_k) or one more, drawn so that the mean is mean_k: what a blind saving of the same size costs.
 
-    def __init__(self, mean_k, seed=0):
-        self.low, self.seed = int(mean_k), seed
+    Draws from torch's default generator of the device: torch.manual_seed repeats it, and a CUDA graph can hold it.
+    """
+
+    def __init__(self, mean_k):
+        self.low = int(mean_k)
         self.high_share = mean_k - self.low
         self.k_max = self.low + (self.high_share > 0)
-        self.generator = None
 
     def __call__(self, layer, x, probs):
-        if self.generator is None:
-            self.generator = torch.Generator(x.device).manual_seed(self.seed)
-        draw = torch.rand(len(x), generator=self.generator, device=x.device)
-        return self.low + (draw < self.high_share).long()
+        return self.low + (torch.rand(len(x), device=x.device) < self.high_share).long()
 
 
 class TopP:
@@ -190,19 +189,20 @@ class Rollout:
 # ================================================================ counting and calibrating
 
 class Counted:
-    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer."""
+    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer, on the policy's device."""
 
-    def __init__(self, policy, n_layers):
+    def __init__(self, policy, n_layers, device='cpu'):
         self.policy, self.k_max = policy, policy.k_max
-        self.counts = torch.zeros(n_layers, policy.k_max + 1, dtype=torch.long)
+        self.counts = torch.zeros(n_layers, policy.k_max + 1, dtype=torch.long, device=device)
 
     def __call__(self, layer, x, probs):
         k = self.policy(layer, x, probs)
-        self.counts[layer] += torch.bincount(k, minlength=self.k_max + 1).cpu()
+        self.counts[layer].scatter_add_(0, k, torch.ones_like(k))
         return k
 
     def mean_by_layer(self):
-        return (self.counts * torch.arange(self.k_max + 1)).sum(1) / self.counts.sum(1)          # (L,)
+        counts = self.counts.cpu()
+        return (counts * torch.arange(self.k_max + 1)).sum(1) / counts.sum(1)                    # (L,)
 
     def mean(self):
         return self.mean_by_layer().mean().item()

@@ -1,16 +1,18 @@
 """bench.py: is fewer experts less time? And text from a trained model.
 
-    python bench.py                                                    all tables, a few minutes on two cores -> out/bench.json
+    python bench.py                                                    all tables, three minutes on two cores -> out/bench.json
     python bench.py --device cuda                                      the same at the published sizes, bf16
+    python bench.py --run out/tiny                                     a trained run on its own held-out text -> out/tiny/bench.json
     python bench.py --run out/tiny --prompt "def main(" --show         text by the trained allocators, coloured by k
     python bench.py --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"    any static k, no training needed
 
-Tables: *dispatch* (every path and transformers' own, where it is installed, on the same weights and ids), *model* (a whole model, Top-K
-against allocators that run 30% fewer experts, allocator time included) and *roofline* (bytes and FLOPs against what this machine reaches).
-Every number is a median over rounds in which all candidates run in turn, in one process, on random data; a ratio is a ratio of
-medians. Smaller is not always faster: read the spread.
+Tables: *dispatch* (every path and transformers' own, where it is installed, on the same weights and ids), *roofline* (its bytes and
+FLOPs against what this machine reaches) and *model* (a whole model, Top-K against allocators that run fewer experts, allocator
+time included). Every number is a median over rounds in which all candidates run in turn, in one process, on random data; a ratio is
+a ratio of medians. Smaller is not always faster: read the spread.
 """
 import argparse
+import itertools
 import platform
 import statistics
 import sys
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 import moe_dispatch
 from allocator import AdaK, Allocators, Counted, RandomMix, Skip, TopK, TopP, bisect
 from model import Config, InputError, Tokenizer, find_checkpoint, generate, generate_steps, read_config, write_json
-from train import OneLineParser, load_model, new_model, open_device, open_out
+from train import (OneLineParser, Settings, base_model, load_model, new_model, open_device, open_out, plt, run_settings, save_figure)
 
 
 # ================================================================ timing
@@ -65,12 +67,14 @@ def machine(device):
 
 # ================================================================ table 1: dispatch
 
-# name: C, F, N, K, T of prefill, and how often k = 1, 2, .. in the variable case (mean 0.75 K, spread as trained allocators have it)
+# how often k = 1, 2, .. in the variable case: mean 0.75 K, spread as trained allocators have it
 SPREAD_2 = .58, .36, .04, .02
 SPREAD_4 = .07, .19, .44, .27, .03
+# name: C, F, N, K, T of prefill, spread. The last of CUDA is half a Mixtral, one of two GPUs' share under tensor parallelism
 SHAPES = {
     'cpu': {'mixtral-like': (512, 1792, 8, 2, 2048, SPREAD_2), 'qwen-like': (512, 352, 60, 4, 2048, SPREAD_4)},
-    'cuda': {'mixtral-8x7b': (4096, 14336, 8, 2, 4096, SPREAD_2), 'qwen1.5-moe': (2048, 1408, 60, 4, 16384, SPREAD_4)},
+    'cuda': {'mixtral-8x7b': (4096, 14336, 8, 2, 4096, SPREAD_2), 'qwen1.5-moe': (2048, 1408, 60, 4, 16384, SPREAD_4),
+             'mixtral-8x7b/2': (4096, 7168, 8, 2, 1536, SPREAD_2)},
     'quick': {'quick': (64, 32, 8, 2, 64, SPREAD_2)}}
 
 
@@ -122,6 +126,16 @@ def transformers_experts(e):
     return found
 
 
+def graphed(run):
+    """The same as one CUDA graph, without what Python and the launches cost."""
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def dispatch_cases(e, T, variable):
     """{name: callable} for T tokens, and the plan's numbers of rows and of experts hit."""
     x, ids, weights, k = e.tokens(T, variable)
@@ -130,6 +144,8 @@ def dispatch_cases(e, T, variable):
     used = torch.arange(ids.shape[1], device=e.device) < k[:, None]
     cases = {'loop': lambda: moe_dispatch.moe_loop(*args), 'exact': lambda: moe_dispatch.moe_exact(*args),
              'static': lambda: moe_dispatch.moe_static(*args), 'dense pair': dense_pair(e, rows)}
+    if moe_dispatch.native(x) and T <= moe_dispatch.STATIC_TOKENS:
+        cases['static in a graph'] = graphed(cases['static'])
     if not variable:                                           # transformers has no variable k
         for name, module in transformers_experts(e).items():
             if 'batched' not in name or T * e.K * e.w_in[0].numel() * e.w_in.element_size() < 2e9:      # it copies the weights of every choice
@@ -138,7 +154,7 @@ def dispatch_cases(e, T, variable):
 
 
 def backward_cases(e, T, variable):
-    """Forward plus backward with gradients of x and all experts."""
+    """Forward plus backward with gradients of x and all experts, in the form of `dispatch_cases`."""
     x, ids, weights, k = e.tokens(T, variable)
     leaves = [t.detach().clone().requires_grad_() for t in (x, e.w_in, e.w_out)]
     direction = torch.randn_like(x)
@@ -153,37 +169,37 @@ def backward_cases(e, T, variable):
                 learnt = [leaves[0], module.gate_up_proj, module.down_proj]
                 cases[name] = lambda module=module, learnt=learnt: torch.autograd.grad(
                     module(learnt[0], ids, weights.to(x.dtype)), learnt, direction)
-    return cases
+    return cases, k.sum().item(), None
 
 
 def dispatch_table(shapes, device, rounds, reached):
-    rows = []
-    for shape_name, shape in shapes.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            e = Experts(shape, dtype, device)
-            for stage, T in (('prefill', e.T), ('decode', 8), ('decode', 1), ('forward + backward', e.T // 2)):
-                plans = {}
-                for variable in (False, True):
-                    if stage == 'forward + backward':
-                        plans[variable] = backward_cases(e, T, variable), None, None
-                    else:
-                        with torch.no_grad():
-                            plans[variable] = dispatch_cases(e, T, variable)
+    """One dict per shape, dtype, stage, path and plan; where FLOPs and bytes are counted, the share of the machine's limit too."""
+    on_cpu = device.type == 'cpu'
+    table = []
+    for (shape_name, shape), dtype in itertools.product(shapes.items(), (torch.float32, torch.bfloat16) if on_cpu else (torch.bfloat16,)):
+        e = Experts(shape, dtype, device)
+        decode = [('decode', T) for T in ((8, 1) if on_cpu else (64, 8, 1))]
+        for stage, T in (('prefill', e.T), *decode, ('forward + backward', e.T // 2)):
+            learn = stage == 'forward + backward'
+            with torch.set_grad_enabled(learn):
+                plans = {variable: (backward_cases if learn else dispatch_cases)(e, T, variable) for variable in (False, True)}
                 # Top-K and variable k in the same rounds, so that their ratio means something
                 cases = {(variable, name): run for variable, plan in plans.items() for name, run in plan[0].items()}
-                with torch.set_grad_enabled(stage == 'forward + backward'):
-                    times = interleaved(cases, rounds if stage == 'prefill' else 3 * rounds if stage == 'decode' else (rounds + 1) // 2, device)
-                for (variable, name), t in times.items():
-                    row = {'shape': shape_name, 'C': e.C, 'F': e.F, 'N': e.N, 'K': e.K, 'dtype': str(dtype).removeprefix('torch.'),
-                           'stage': stage, 'T': T, 'mean_k': 0.75 * e.K if variable else e.K, 'path': name, **summary(t)}
-                    _, n_rows, hit = plans[variable]
-                    if n_rows:                                 # bytes: the experts hit once, and each row in and out
-                        row['flops'] = 6 * e.C * e.F * n_rows
-                        row['bytes'] = (hit * 3 * e.C * e.F + n_rows * (2 * e.C + 3 * e.F) + 2 * T * e.C) * dtype.itemsize
-                        limit = max(row['flops'] / reached[row['dtype']], row['bytes'] / reached['copy'])
-                        row['of_limit'] = limit / (row['ms'] / 1000)
-                    rows.append(row)
-    return rows
+                times = interleaved(cases, {'prefill': rounds, 'decode': 3 * rounds}.get(stage, (rounds + 1) // 2), device)
+            default = 'exact' if on_cpu or stage != 'decode' else 'static in a graph'           # as moe and Decoder choose
+            for (variable, name), t in times.items():
+                _, n_rows, hit = plans[variable]
+                row = {'shape': shape_name, 'C': e.C, 'F': e.F, 'N': e.N, 'K': e.K, 'dtype': str(dtype).removeprefix('torch.'),
+                       'stage': stage, 'T': T, 'variable': variable, 'mean_k': n_rows / T, 'path': name, 'default': name == default,
+                       **summary(t)}
+                if not learn:                                  # bytes: the experts hit once, and each row in and out
+                    row['flops'] = 6 * e.C * e.F * n_rows
+                    row['bytes'] = (hit * 3 * e.C * e.F + n_rows * (2 * e.C + 3 * e.F) + 2 * T * e.C) * dtype.itemsize
+                    compute, copy = row['flops'] / reached[row['dtype']], row['bytes'] / reached['copy']
+                    row.update(bound='compute' if compute > copy else 'memory', limit_ms=1000 * max(compute, copy))
+                    row['of_limit'] = row['limit_ms'] / row['ms']
+                table.append(row)
+    return table
 
 
 # ================================================================ table 2: a whole model
@@ -216,7 +232,8 @@ def shares(model, tokens, policy, device):
         setattr(owner, name, timed.wrap(part, old))
     for layer in model.layers:
         replace(layer.self_attn, 'forward', 'attention')
-        replace(layer.mlp.router, 'forward', 'router')
+        if not layer.dense:
+            replace(layer.mlp.router, 'forward', 'router')
     replace(model.lm_head, 'forward', 'head')
     replace(moe_dispatch, 'moe', 'experts')
     allocate = timed.wrap('allocator', policy)
@@ -233,6 +250,7 @@ def shares(model, tokens, policy, device):
     return {**parts, 'rest': 1 - sum(parts.values())}
 
 
+@torch.no_grad()
 def fewer(model, tokens, share):
     """Random allocators whose mean k is `share` of K on these tokens: the cost of deciding is that of trained ones."""
     c = model.config
@@ -241,100 +259,208 @@ def fewer(model, tokens, share):
     allocators.bias.data.copy_(-(torch.arange(1, allocators.k_max + 1) - share * c.top_k) ** 2)
 
     def mean_k(price):
-        tally = Counted(AdaK(allocators, price=price), len(c.moe_layers))
+        tally = Counted(AdaK(allocators, price=price), len(c.moe_layers), model.device)
         model.hidden(tokens, tally)
         return tally.mean()
-    return AdaK(allocators, price=bisect(mean_k, share * c.top_k, 9, -9)), mean_k
+    return AdaK(allocators, price=bisect(mean_k, share * c.top_k, 9, -9))
 
 
 @torch.no_grad()
-def model_table(config, device, dtype, T, n_new, rounds):
-    """Prefill and generated tokens per second of Top-K and of 30% fewer experts on the same random weights."""
-    torch.manual_seed(0)
-    model = new_model(config, 0).to(dtype).to(device).requires_grad_(False)
-    tokens = torch.randint(config.n_vocab, (1, T), device=device)
-    ada, mean_k = fewer(model, tokens, 0.7)
-    policies = {'top-k': None, 'ada-k': ada}
+def model_table(model, tokens, policy, n_new, rounds):
+    """Prefill of tokens (B,T) and decoding behind the first 16 of them, in tokens per second: Top-K against `policy`.
+
+    Decoding samples at temperature 1: the most probable token of random weights is soon the same token for ever.
+    """
+    c, device = model.config, model.device
+    sampled = lambda policy: generate(model, prompt, n_new, policy, 1.0, torch.Generator(device).manual_seed(0))
+    policies = {'top-k': None, 'ada-k': policy}
+    prompt = tokens[:1, :16]
     prefill = interleaved({name: lambda p=p: model(tokens, p) for name, p in policies.items()}, rounds, device)
-    prompt = tokens[:, :16]
-    decode = interleaved({name: lambda p=p: generate(model, prompt, n_new, p) for name, p in policies.items()}, rounds, device)
+    decode = interleaved({name: lambda p=p: sampled(p) for name, p in policies.items()}, rounds, device)
     rows = []
     for name, policy in policies.items():
-        tally = Counted(policy or TopK(config.top_k), config.n_layers)
-        generate(model, prompt, n_new, tally)
-        rows.append({'policy': name, 'prefill_mean_k': mean_k(ada.shift[0].item()) if policy else config.top_k,
-                     'decode_mean_k': tally.mean(), 'prefill_tokens_per_s': T / statistics.median(prefill[name]),
+        policy = policy or TopK(c.top_k)
+        tallies = [Counted(policy, len(c.moe_layers), device) for _ in range(2)]
+        model.hidden(tokens, tallies[0])
+        sampled(tallies[1])
+        rows.append({'policy': name, 'prefill_mean_k': tallies[0].mean(), 'decode_mean_k': tallies[1].mean(),
+                     'prefill_tokens_per_s': tokens.numel() / statistics.median(prefill[name]),
                      'decode_tokens_per_s': n_new / statistics.median(decode[name]),
                      'prefill': summary(prefill[name]), 'decode': summary(decode[name]),
-                     'share_of_prefill': shares(model, tokens, policy or TopK(config.top_k), device)})
-    return {'C': config.dim, 'F': config.expert_dim, 'N': config.n_experts, 'K': config.top_k, 'layers': config.n_layers,
-            'V': config.n_vocab, 'T': T, 'new': n_new, 'dtype': str(dtype).removeprefix('torch.'), 'rows': rows}
+                     'share_of_prefill': shares(model, tokens, policy, device)})
+    return {'C': c.dim, 'F': c.expert_dim, 'N': c.n_experts, 'K': c.top_k, 'layers': c.n_layers, 'V': c.n_vocab,
+            'B': tokens.shape[0], 'T': tokens.shape[1], 'new': n_new, 'dtype': str(model.dtype).removeprefix('torch.'), 'rows': rows}
 
 
-# ================================================================ printing
+# ================================================================ tables and figures
 
-def ratios(rows):
-    """The dispatch table as Markdown: milliseconds with quartiles, and ratios to the best of transformers at top-K."""
-    lines = ['| shape | dtype | stage | T | path | top-K ms | 0.75 K ms | own ratio | top-K / best peer | 0.75 K / best peer | of limit |',
-             '|---|---|---|---|---|---|---|---|---|---|---|']
-    key = lambda r: (r['shape'], r['dtype'], r['stage'], r['T'])
-    for group in dict.fromkeys(map(key, rows)):
-        top = {r['path']: r for r in rows if key(r) == group and r['mean_k'] == r['K']}
-        less = {r['path']: r for r in rows if key(r) == group and r['mean_k'] != r['K']}
-        peers = [r['ms'] for path, r in top.items() if path.startswith('transformers')]
-        best = min(peers, default=None)
-        for path, r in top.items():
-            ms = lambda r: f'{r["ms"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})'
-            over = lambda r: f'{r["ms"] / best:.2f}' if best else ''
-            other = less.get(path)
-            limit = f'{r["of_limit"]:.0%}' if 'of_limit' in r else ''
-            lines.append(f'| {group[0]} | {group[1]} | {group[2]} | {group[3]} | {path} | {ms(r)} | {ms(other) if other else ""} | '
-                         f'{other["ms"] / r["ms"] if other else float("nan"):.2f} | {over(r)} | {over(other) if other else ""} | {limit} |')
-    return '\n'.join(lines).replace('| nan |', '|  |')
+def by_case(rows):
+    """{(shape, dtype, stage, T): ({path: row at top-K}, {path: row at about 0.75 K})}."""
+    cases = {}
+    for r in rows:
+        cases.setdefault((r['shape'], r['dtype'], r['stage'], r['T']), ({}, {}))[r['variable']][r['path']] = r
+    return cases
+
+
+def best_peer(paths):
+    """The fastest of transformers' rows in {path: row}, None where there is none."""
+    return min((r for path, r in paths.items() if path.startswith('transformers')), key=lambda r: r['ms'], default=None)
+
+
+def default_path(paths):
+    """The row of the path that a model takes in this case."""
+    return next(r for r in paths.values() if r['default'])
+
+
+def markdown(head, lines):
+    """A Markdown table of strings."""
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in (head, ['---'] * len(head), *lines))
+
+
+def claims(rows):
+    """What the dispatch rows say, one line a case: ours against itself, the same-FLOPs matmuls, and transformers."""
+    over = lambda a, b: f'{a["ms"] / b["ms"]:.2f}' if a and b else ''
+    lines = []
+    for case, (top, less) in by_case(rows).items():
+        ours, fewer_k, peer = default_path(top), default_path(less), best_peer(top)
+        lines.append([*map(str, case), f'{fewer_k["mean_k"]:.3g} / {ours["mean_k"]:.3g}', over(fewer_k, ours), over(top.get('dense pair'), ours), over(ours, peer), over(fewer_k, peer)])
+    return markdown(['shape', 'dtype', 'stage', 'T', 'mean k / K', 'our time / ours at K', 'dense pair / ours, K',
+                     'ours / best of transformers, both K', 'ours at mean k / its K'], lines)
+
+
+def milliseconds(rows):
+    """Every path of the dispatch table with its quartiles."""
+    ms = lambda r: f'{r["ms"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})' if r else ''
+    return markdown(['shape', 'dtype', 'stage', 'T', 'path', 'top-K ms', '0.75 K ms'],
+                    [[*map(str, case), path, ms(r), ms(less.get(path))] for case, (top, less) in by_case(rows).items() for path, r in top.items()])
+
+
+def roofline(rows):
+    """Bytes and FLOPs of each case, the time that this machine's own matmul rate and copy bandwidth allow, and the share reached."""
+    lines = []
+    for case, plans in by_case(rows).items():
+        for paths in plans:
+            if 'flops' in (r := default_path(paths)):
+                lines.append([*map(str, case), f'{r["mean_k"]:g}', f'{r["flops"] / 1e9:.3g}', f'{r["bytes"] / 1e6:.3g}', r['bound'],
+                              f'{r["limit_ms"]:.2f}', f'{r["ms"]:.2f}', f'{r["of_limit"]:.0%}'])
+    return markdown(['shape', 'dtype', 'stage', 'T', 'mean k', 'GFLOP', 'MB', 'bound', 'limit ms', 'ours ms', 'of limit'], lines)
+
+
+PARTS = 'experts', 'attention', 'head', 'router', 'allocator', 'rest'
 
 
 def model_lines(table):
-    """The model table as Markdown, with the speed-up of the second row over the first."""
-    lines = ['| policy | mean k in prefill, decode | prefill tokens/s | decode tokens/s | attention | router | allocator | experts | head | rest |',
-             '|---|---|---|---|---|---|---|---|---|---|']
-    top = table['rows'][0]
+    """The model table, with the speed-up of each row over the first."""
+    top, lines = table['rows'][0], []
     for r in table['rows']:
-        part = lambda name: f'{r["share_of_prefill"].get(name, 0):.1%}'
         speed = lambda name: f'{r[name]:.1f} ({r[name] / top[name]:.2f}x)'
-        lines.append(f'| {r["policy"]} | {r["prefill_mean_k"]:.2f}, {r["decode_mean_k"]:.2f} | {speed("prefill_tokens_per_s")} | '
-                     f'{speed("decode_tokens_per_s")} | ' + ' | '.join(map(part, ('attention', 'router', 'allocator', 'experts', 'head', 'rest'))) + ' |')
-    return '\n'.join(lines)
+        lines.append([r['policy'], f'{r["prefill_mean_k"]:.2f}, {r["decode_mean_k"]:.2f}', speed('prefill_tokens_per_s'),
+                      speed('decode_tokens_per_s'), *(f'{r["share_of_prefill"].get(part, 0):.1%}' for part in PARTS)])
+    return markdown(['policy', 'mean k in prefill, decode', 'prefill tokens/s', 'decode tokens/s', *PARTS], lines)
 
+
+def dispatch_figure(path, rows, machine_name):
+    """One panel per shape and dtype: every path's prefill time at top-K (hollow) and at 0.75 K (filled), quartiles as bars."""
+    cases = {case: plans for case, plans in by_case(rows).items() if case[2] == 'prefill'}
+    fig, axes = plt.subplots(1, len(cases), figsize=(1.5 + 3 * len(cases), 3.2), layout='constrained', sharey=True, squeeze=False)
+    names = list(dict.fromkeys(name for plans in cases.values() for name in plans[0]))[::-1]
+    for ax, (case, plans) in zip(axes[0], cases.items()):
+        for paths, label, color, fill in zip(plans, ('top-K', 'mean k 0.75 K'), ('black', '#0072B2'), ('white', '#0072B2')):
+            r = [paths[name] for name in names if name in paths]
+            ms, low, high = ([row[key] for row in r] for key in ('ms', 'low', 'high'))
+            ax.errorbar(ms, [names.index(row['path']) for row in r], xerr=[[m - x for m, x in zip(ms, low)], [x - m for m, x in zip(ms, high)]],
+                        fmt='o', color=color, mfc=fill, label=label)
+        ax.set(title=f'{case[0]}, {case[1]}, T = {case[3]}', xlabel='ms', xlim=(0, None), yticks=range(len(names)), yticklabels=names)
+        ax.grid(axis='x', alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    fig.suptitle(f'experts of one layer, forward: {machine_name}', fontsize=10)
+    save_figure(fig, path)
+
+
+def roofline_figure(path, rows, reached):
+    """Reached FLOP/s against FLOPs per byte, under the machine's own matmul rate and copy bandwidth."""
+    fig, ax = plt.subplots(figsize=(6, 3.8), layout='constrained')
+    looks = {'float32': ('#0072B2', '-'), 'bfloat16': ('#D55E00', '--')}
+    counted = [r for plans in by_case(rows).values() for paths in plans if 'flops' in (r := default_path(paths))]
+    for dtype in dict.fromkeys(r['dtype'] for r in counted):
+        color, line = looks[dtype]
+        x = [0.1, reached[dtype] / reached['copy'], 1000]
+        ax.plot(x, [min(reached['copy'] * i, reached[dtype]) / 1e9 for i in x], color=color, linestyle=line, label=f'limit, {dtype}')
+        for stage, marker in (('prefill', 'o'), ('decode', '^')):
+            r = [r for r in counted if r['dtype'] == dtype and r['stage'] == stage]
+            ax.plot([i['flops'] / i['bytes'] for i in r], [i['flops'] / i['ms'] / 1e6 for i in r], marker, color=color,
+                    mfc=color if stage == 'prefill' else 'white', label=f'{stage}, {dtype}')
+    ax.set(xscale='log', yscale='log', xlabel='FLOPs per byte', ylabel='GFLOP/s', title='experts of one layer against the machine')
+    ax.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def model_figure(path, table):
+    """Where the time of a prefill goes, and the speed-up."""
+    looks = dict(zip(PARTS, (('#0072B2', ''), ('#E69F00', '//'), ('#56B4E9', '..'), ('#009E73', 'xx'), ('#D55E00', ''), ('#CCCCCC', ''))))
+    fig, ax = plt.subplots(figsize=(7, 2.4), layout='constrained')
+    for y, r in enumerate(table['rows'][::-1]):
+        left = 0
+        for part, (color, hatch) in looks.items():
+            width = r['share_of_prefill'].get(part, 0) * r['prefill']['ms']
+            ax.barh(y, width, left=left, color=color, hatch=hatch, edgecolor='white', label=part if y == 0 else None)
+            left += width
+    names = [f'{r["policy"]}, mean k {r["prefill_mean_k"]:.2f}' for r in table['rows'][::-1]]
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=f'ms of a prefill of {table["B"]} x {table["T"]} tokens',
+           title='where the time of a whole model goes')
+    ax.legend(fontsize=8, ncols=len(PARTS), loc='upper center', bbox_to_anchor=(0.5, -0.35))
+    save_figure(fig, path)
+
+
+# ================================================================ the two speed benches
 
 def bench(a):
-    """All tables, printed and written to OUT/bench.json."""
+    """All tables on random weights, printed and written to OUT/bench.json with three figures."""
     device, start = torch.device(a.device), time.time()
     torch.manual_seed(a.seed)
-    out = open_out(a.out)
+    out = open_out(a.out or 'out')
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     reached = machine(device)
     print(f'{name}, torch {torch.__version__}: copy {reached["copy"] / 1e9:.0f} GB/s, matmul {reached["float32"] / 1e12:.2f} TFLOP/s in '
           f'float32, {reached["bfloat16"] / 1e12:.2f} in bfloat16', flush=True)
     rounds = 3 if a.quick else 9
     rows = dispatch_table(SHAPES['quick' if a.quick else device.type], device, rounds, reached)
-    print(ratios(rows), flush=True)
+    print(milliseconds(rows), roofline(rows), claims(rows), sep='\n\n', flush=True)
     sizes = dict(dim=64, head_dim=16, expert_dim=32, n_vocab=64) if a.quick else dict(dim=1024, head_dim=64, expert_dim=3584, n_vocab=8192)
     if device.type == 'cuda' and not a.quick:
         sizes = dict(dim=4096, head_dim=128, expert_dim=14336, n_vocab=32000)
     config = Config(**sizes, n_layers=4, n_heads=sizes['dim'] // sizes['head_dim'], n_kv_heads=4, n_experts=8, top_k=2)
-    model = model_table(config, device, torch.bfloat16 if device.type == 'cuda' else torch.float32, 64 if a.quick else 512,
-                        8 if a.quick else 32, rounds)
-    print(model_lines(model))
+    model = new_model(config, 0).to(torch.bfloat16 if device.type == 'cuda' else torch.float32).to(device).requires_grad_(False)
+    tokens = torch.randint(config.n_vocab, (1, 64 if a.quick else 1024 if device.type == 'cpu' else 4096), device=device)
+    table = model_table(model, tokens, fewer(model, tokens, 0.7), 8 if a.quick else 32, 3 if a.quick else 7)
+    print(f'\n{model_lines(table)}')
     write_json(out / 'bench.json', {'machine': name, 'torch': torch.__version__, 'reached': reached, 'seed': a.seed,
-                                    'seconds': time.time() - start, 'dispatch': rows, 'model': model})
-    print(f'{time.time() - start:.0f} s; wrote {out / "bench.json"}')
+                                    'seconds': time.time() - start, 'dispatch': rows, 'model': table})
+    dispatch_figure(out / 'dispatch.png', rows, name)
+    roofline_figure(out / 'roofline.png', rows, reached)
+    model_figure(out / 'model.png', table)
+    print(f'{time.time() - start:.0f} s; wrote bench.json, dispatch.png, roofline.png and model.png in {out}')
+
+
+def bench_run(a):
+    """The model of a run, or of --ckpt, on held-out text: Top-K against its allocators (without a run: random ones at 0.7 K)."""
+    s = run_settings(a.run) if a.run else Settings(seq=512)
+    s.device, s.ckpt = a.device, a.ckpt or s.ckpt
+    out = open_out(a.out or a.run or 'out')
+    model, _, texts = base_model(s, Path(a.run or out))
+    tokens = texts[2].windows(s.seq, max(s.seq, 2048))[0].to(s.device)          # (n,seq)
+    policy = AdaK(Allocators.load(Path(a.run) / 'allocator.safetensors', model.config).to(s.device)) if a.run else fewer(model, tokens, 0.7)
+    table = model_table(model, tokens, policy, a.tokens, 3 if a.quick else 15)
+    print(model_lines(table))
+    write_json(out / 'bench.json', {'run': a.run, 'ckpt': a.ckpt, 'torch': torch.__version__, 'model': table})
+    model_figure(out / 'model.png', table)
+    print(f'wrote bench.json and model.png in {out}')
 
 
 # ================================================================ text with a chosen policy
 
 # 256-colour backgrounds from few experts (dark blue) to many (yellow); they differ in lightness too, so greyscale works
 COLOURS = 17, 24, 66, 144, 221
-
 
 
 def make_policy(name, config, run, device):
@@ -364,8 +490,8 @@ def make_policy(name, config, run, device):
 class Watched(Counted):
     """A policy with a tally that also keeps every k of the pass: `k` is a list of (P,), one per layer."""
 
-    def __init__(self, policy, n_layers):
-        super().__init__(policy, n_layers)
+    def __init__(self, policy, n_layers, device):
+        super().__init__(policy, n_layers, device)
         self.k = []
 
     def __call__(self, layer, x, probs):
@@ -376,7 +502,7 @@ class Watched(Counted):
 @torch.no_grad()
 def coloured(model, tokenizer, tokens, policy):
     """The text of tokens (1,T), each on a background by the mean k it ran over the layers, and a legend."""
-    watched = Watched(policy, len(model.config.moe_layers))
+    watched = Watched(policy, len(model.config.moe_layers), tokens.device)
     model.hidden(tokens, watched)
     k = torch.stack(watched.k).float().mean(0)                                  # (T,)
     low, high = k.min().item(), k.max().item()
@@ -399,7 +525,7 @@ def generation(a):
         raise InputError('--prompt: is empty')
     model = load_model(folder, a.device)
     tokens = torch.tensor([ids], device=a.device)
-    tally = Counted(policy, len(c.moe_layers))
+    tally = Counted(policy, len(c.moe_layers), a.device)
     generator = torch.Generator(a.device).manual_seed(a.seed)
     new, times = [], [time.perf_counter()]
 
@@ -428,9 +554,9 @@ def parse(argv):
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--ckpt', metavar='NAME_OR_FOLDER', help='the base model (default: RUN/base)')
     p.add_argument('--run', metavar='FOLDER', help='a finished run of train.py: its allocator.safetensors')
-    p.add_argument('--prompt', help='continue this text instead of timing')
+    p.add_argument('--prompt', help='continue this text instead of timing the model')
     p.add_argument('--quick', action='store_true', help='tiny sizes and few rounds, for tests')
-    p.add_argument('--out', default='out', help='folder of bench.json (default out)')
+    p.add_argument('--out', help='folder of bench.json and figures (default: the run folder, or out)')
     p.add_argument('--tokens', type=int, default=100, help='how many tokens to generate (default 100)')
     p.add_argument('--policy', help='ada-k (default with --run), top-k (default without), k=2, mix=1.5, top-p=0.4, skip=0.5')
     p.add_argument('--temperature', type=float, default=0.0, help='0: the most probable token (default)')
@@ -448,7 +574,12 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
-    generation(a) if a.prompt is not None else bench(a)
+    if a.prompt is not None:
+        generation(a)
+    elif a.run or a.ckpt:
+        bench_run(a)
+    else:
+        bench(a)
 
 
 def command_line(argv=None):

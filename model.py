@@ -156,11 +156,11 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(config, start, T, device, dtype):
-    """cos and sin (T,D) of the rotary angles of positions start..start+T-1; computed in fp32."""
+def rope_table(config, positions, dtype):
+    """cos and sin (T,D) of the rotary angles of positions (T,); computed in fp32."""
     D = config.head_dim
-    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)    # (D/2,)
-    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency         # (T,D/2)
+    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)    # (D/2,)
+    angle = positions.float()[:, None] * frequency                                              # (T,D/2)
     angle = torch.cat([angle, angle], dim=-1)                                                   # (T,D)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -179,11 +179,51 @@ class Cache:
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0
 
+    def positions(self, T):
+        """The positions (T,) of the next T tokens."""
+        return torch.arange(self.length, self.length + T, device=self.k.device)
+
+    def mask(self, T):
+        """Which of the S tokens seen the next T may look at, (T,S) bool; None where plain causal attention says it."""
+        if T == 1 or self.length == 0:
+            return None
+        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.k.device).tril(self.length)
+
     def extend(self, layer, k, v):
         """Write k, v (B,kv heads,T,D) behind the tokens seen so far; return all keys and values of the layer."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, T):
+        self.length += T
+
+
+class StaticCache:
+    """A filled Cache taken over for decoding token by token, its length a number on the device.
+
+    Every step is the same kernels over the same memory (attention over all max_len places, the empty ones masked), so a
+    CUDA graph can hold one. The methods are those of Cache, with T = 1.
+    """
+
+    def __init__(self, cache):
+        self.k, self.v = cache.k, cache.v
+        self.length = torch.tensor([cache.length], device=cache.k.device)                       # (1,)
+        self.places = torch.arange(cache.k.shape[3], device=cache.k.device)                     # (max_len,)
+
+    def positions(self, T):
+        return self.length
+
+    def mask(self, T):
+        return self.places[None] <= self.length                                                 # (1,max_len)
+
+    def extend(self, layer, k, v):
+        self.k[layer].index_copy_(2, self.length, k)
+        self.v[layer].index_copy_(2, self.length, v)
+        return self.k[layer], self.v[layer]
+
+    def advance(self, T):
+        self.length += T                                       # in place: a replayed graph counts on
 
 
 class Attention(nn.Module):
@@ -202,7 +242,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim if head else c.n_heads * c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim if head else c.n_kv_heads * c.head_dim, c.norm_eps)
 
-    def forward(self, x, rope, layer, cache):
+    def forward(self, x, rope, mask, layer, cache):
         B, T, C = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == 'all':
@@ -211,12 +251,9 @@ class Attention(nn.Module):
         if self.qk_norm == 'head':
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                                    # (B,kv heads,S,D), S seen
-            if 1 < T < k.shape[2]:                       # several new tokens behind old ones: token t sees S - T + t + 1
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == k.shape[2] > 1, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                                 # (B,T,C)
 
 
@@ -268,8 +305,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c.dim, c.dense_dim) if self.dense else MoE(c)
 
-    def forward(self, x, rope, cache, moe_layer, choose_k):
-        x = x + self.self_attn(self.input_layernorm(x), rope, self.i, cache)
+    def forward(self, x, rope, mask, cache, moe_layer, choose_k):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, self.i, cache)
         h = self.post_attention_layernorm(x)
         if self.dense:
             return x + self.mlp(h)
@@ -292,15 +329,17 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, choose_k=None, cache=None):
         """tokens (B,T) int64 -> the last hidden states (B,T,C), what the head reads. Arguments as in `forward`."""
-        start = cache.length if cache is not None else 0
+        T = tokens.shape[1]
         x = self.embed_tokens(tokens)                                                           # (B,T,C)
-        rope = rope_table(self.config, start, tokens.shape[1], x.device, x.dtype)
+        positions = torch.arange(T, device=x.device) if cache is None else cache.positions(T)   # (T,)
+        rope = rope_table(self.config, positions, x.dtype)
+        mask = None if cache is None else cache.mask(T)
         moe_layer = 0
         for layer in self.layers:
-            x = layer(x, rope, cache, moe_layer, choose_k)
+            x = layer(x, rope, mask, cache, moe_layer, choose_k)
             moe_layer += not layer.dense
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(T)
         return self.norm(x)
 
     def forward(self, tokens, choose_k=None, cache=None):
@@ -308,7 +347,7 @@ class Transformer(nn.Module):
 
         choose_k(layer, x (P,C), probs (P,N)) -> k (P,) integer in 1..choose_k.k_max decides how many experts each token
         runs in MoE layer 0..L-1; x is what the router reads, probs its fp32 softmax. None: the model's own K.
-        cache: a `Cache`; the tokens are taken to follow those it has seen.
+        cache: a `Cache` or `StaticCache`; the tokens are taken to follow those it has seen.
         """
         return self.lm_head(self.hidden(tokens, choose_k, cache))
 
@@ -321,19 +360,52 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
 
+class Decoder:
+    """One decoding step after another behind a filled cache: step(new (B,1)) -> logits (B,V) fp32 of the next token.
+
+    On CUDA, where torch has a grouped matmul without host sync, the third step is captured in a CUDA graph: from then on a
+    step is one launch instead of hundreds. `choose_k` must then be free of host syncs too, as all of allocator.py are.
+    """
+
+    def __init__(self, model, choose_k, cache):
+        self.model, self.choose_k, self.cache = model, choose_k, cache
+        B, self.graph, self.steps = cache.k.shape[1], None, 0
+        self.capture = cache.k.is_cuda and moe_dispatch.native(cache.k) and B <= moe_dispatch.STATIC_TOKENS
+        if self.capture:
+            self.cache = StaticCache(cache)
+            self.new = torch.zeros(B, 1, dtype=torch.long, device=cache.k.device)               # the graph's input
+
+    def eager(self, new):
+        return self.model.lm_head(self.model.hidden(new, self.choose_k, self.cache)[:, -1]).float()
+
+    def __call__(self, new):
+        self.steps += 1
+        if not self.capture or self.steps < 3:                 # the first steps start up what must not start in a capture
+            return self.eager(new)
+        self.new.copy_(new)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):                 # records, does not run
+                self.logits = self.eager(self.new)
+        self.graph.replay()
+        return self.logits
+
+
 @torch.no_grad()
 def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
     """Yield the next n tokens after tokens (B,T), (B,1) each, with a KV cache. temperature 0 takes the most probable token."""
     B, T = tokens.shape
     cache = Cache(model.config, B, T + n, model.device, model.dtype)
-    new = tokens
-    for _ in range(n):
-        logits = model.lm_head(model.hidden(new, choose_k, cache)[:, -1]).float()               # (B,V)
+    logits = model.lm_head(model.hidden(tokens, choose_k, cache)[:, -1]).float()                # (B,V)
+    step = Decoder(model, choose_k, cache)
+    for i in range(n):
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)                                               # (B,1)
         else:
             new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
         yield new
+        if i + 1 < n:
+            logits = step(new)
 
 
 def generate(model, tokens, n, choose_k=None, temperature=0.0, generator=None):

@@ -6,8 +6,8 @@ A mixture-of-experts layer computes, for each token x with k experts chosen (pap
 
 Three paths keep one contract and tests compare them; `moe` chooses:
     moe_loop      the reference, obviously right
-    moe_exact     sorted rows, matmuls expert by expert over exactly sum(k) rows; one host sync; differentiable
-    moe_static    the same over all P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
+    moe_exact     rows sorted by expert, grouped matmuls over exactly sum(k) rows; one host sync; differentiable
+    moe_static    the same over a buffer of P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
 
     P tokens, C channels, F hidden width of one expert, N routed experts, K the model's top-k, k_max width of `ids`
 """
@@ -73,8 +73,10 @@ def experts_grouped(rows, ends, w_in, w_out):
 
 
 def experts_split(rows, ends, w_in, w_out):
-    """The same for a CPU, where torch's grouped matmul is a loop anyway: expert by expert, what is between its two matmuls
-    stays in the cache. Needs ends[-1] == len(rows)."""
+    """The same for a CPU and many rows: expert by expert, what is between its two matmuls stays in the cache.
+
+    torch's grouped matmul is a loop on a CPU anyway. Needs ends[-1] == len(rows).
+    """
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     out = []
     for part, expert_in, expert_out in zip(rows.split(sizes), w_in.unbind(), w_out.unbind()):
@@ -92,9 +94,10 @@ def combine(expert, row, weights):
 def moe_exact(x, ids, weights, k, w_in, w_out):
     """Over exactly sum(k) rows: no row is wasted and none is garbage, so gradients are right. Same contract as `moe`."""
     token, row, ends = plan(ids, k, len(w_in))
-    rows = x.index_select(0, token[:ends[-1]])                                  # (sum(k),C); the host sync: how many there are
-    experts = experts_grouped if x.is_cuda or torch.is_grad_enabled() else experts_split    # backwards grouped is faster on a CPU too
-    return combine(experts(rows, ends, w_in, w_out), row, weights)
+    n_rows = checked(ids, k, ends)                             # the host sync
+    rows = x.index_select(0, token[:n_rows])                                    # (sum(k),C)
+    split = not x.is_cuda and not torch.is_grad_enabled() and n_rows * w_in.shape[1] * x.element_size() > SPLIT_BYTES
+    return combine((experts_split if split else experts_grouped)(rows, ends, w_in, w_out), row, weights)
 
 
 def moe_static(x, ids, weights, k, w_in, w_out):
@@ -107,16 +110,10 @@ def moe_static(x, ids, weights, k, w_in, w_out):
     return combine(experts_grouped(x.index_select(0, token), ends, w_in, w_out), row, weights)
 
 
-warned = set()
+# ---------------------------------------------------------------- the rule
 
-
-def warn_of_fallback(x):
-    """Say once a dtype where torch runs grouped matmuls as a loop with a host sync: correct, but slow and in no CUDA graph."""
-    native = x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    if not native and x.dtype not in warned:
-        warned.add(x.dtype)
-        print(f'moe_dispatch: grouped matmuls in {x.dtype} are a loop on {torch.cuda.get_device_name(x.device)}; '
-              f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x', file=sys.stderr)
+STATIC_TOKENS = 256     # on CUDA so many tokens or fewer are decoding: a host sync would cost more than the rows that static wastes
+SPLIT_BYTES = 2 ** 25   # on a CPU, where what is between the two matmuls of all experts is larger than this, it would leave the cache
 
 
 def moe(x, ids, weights, k, w_in, w_out):
@@ -124,28 +121,43 @@ def moe(x, ids, weights, k, w_in, w_out):
 
     x (P,C); ids (P,k_max) int64 and weights (P,k_max) from `select`; k (P,) integer in 1..k_max;
     w_in (N,2F,C), gate rows then up rows; w_out (N,C,F)  ->  (P,C) in x's dtype, accumulated in fp32.
-    The rule: without gradients on CUDA static, everything else exact.
+    The rule: few tokens without gradients on CUDA static, everything else exact. AssertionErrors name what breaks the
+    contract; only static does not look at the values of k and ids, which would be a host sync.
     """
     assert ids.shape == weights.shape and len(ids) == len(x) == len(k), (x.shape, ids.shape, weights.shape, k.shape)
-    if not x.is_cuda:                                          # reading these numbers is free here; on CUDA it would be a sync
-        check(x, ids, k, w_in, w_out)
-        return moe_exact(x, ids, weights, k, w_in, w_out)
-    warn_of_fallback(x)
-    path = moe_exact if torch.is_grad_enabled() else moe_static
-    return path(x, ids, weights, k, w_in, w_out)
-
-
-def check(x, ids, k, w_in, w_out):
-    """Assertions that name the offending value: k in 1..k_max, ids in 0..N-1, rows of a whole number of 16 bytes."""
-    if len(x) == 0:
-        return
-    low, high = k.aminmax()
-    assert 1 <= low and high <= ids.shape[1], f'k must lie in 1..{ids.shape[1]}, found {low.item()}..{high.item()}'
-    low, high = ids.aminmax()
-    assert 0 <= low and high < len(w_in), f'expert ids must lie in 0..{len(w_in) - 1}, found {low.item()}..{high.item()}'
     for name, width in (('C', w_in.shape[2]), ('F', w_out.shape[2])):
         assert width * x.element_size() % 16 == 0, \
             f'{name} = {width} in {x.dtype} is no whole number of 16 bytes, which grouped matmuls need'
+    if len(x) == 0:
+        return torch.zeros_like(x)
+    warn_of_fallback(x)
+    static = x.is_cuda and not torch.is_grad_enabled() and len(x) <= STATIC_TOKENS
+    return (moe_static if static else moe_exact)(x, ids, weights, k, w_in, w_out)
+
+
+def checked(ids, k, ends):
+    """sum(k), read together with the extremes of k and ids in one host sync; these must lie in 1..k_max and 0..N-1."""
+    n_rows, k_low, k_high, id_low, id_high = torch.stack([ends[-1].long(), *k.aminmax(), *ids.aminmax()]).tolist()
+    k_max, N = ids.shape[1], len(ends)
+    assert 1 <= k_low and k_high <= k_max, f'k must lie in 1..{k_max}, found {k_low}..{k_high}'
+    assert 0 <= id_low and id_high < N, f'expert ids must lie in 0..{N - 1}, found {id_low}..{id_high}'
+    return n_rows
+
+
+def native(x):
+    """Does torch run grouped matmuls of this dtype and device as one kernel, without a host sync?"""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+warned = set()
+
+
+def warn_of_fallback(x):
+    """Say once a dtype that a CUDA device loops over the experts with a host sync: correct, but slow and in no CUDA graph."""
+    if x.is_cuda and not native(x) and x.dtype not in warned:
+        warned.add(x.dtype)
+        print(f'moe_dispatch: grouped matmuls in {x.dtype} are a loop on {torch.cuda.get_device_name(x.device)}; '
+              f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x', file=sys.stderr)
 
 
 # ---------------------------------------------------------------- what it costs

@@ -27,9 +27,11 @@ import shutil
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,8 @@ from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK
 from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, hub_tensors,
                    load, read_json, save, write_json, write_whole)
 from moe_dispatch import flops
+
+matplotlib.use('Agg')           # figures go to files, a screen is not needed
 
 
 # ================================================================ settings
@@ -150,6 +154,16 @@ def parse(argv):
     open_device(s.device)
     s.out = s.out or f'out/{Path(s.ckpt).name if s.ckpt else s.preset}'
     return s
+
+
+def run_settings(run):
+    """The Settings of a finished run; InputError if the folder holds none of this version."""
+    results = read_json(Path(run) / 'results.json')
+    names = {field.name for field in fields(Settings)}
+    if set(results.get('config', {})) != names:
+        odd = sorted(names ^ set(results.get('config', {})))
+        raise InputError(f'{run}/results.json: written by another version of train.py (setting {odd[0]}); train it again')
+    return Settings(**results['config'])
 
 
 def open_device(name):
@@ -512,7 +526,7 @@ def token_logp(model, inputs, targets, choose_k):
 def evaluate(model, windows, choose_k, batch=32):
     """Loss in nats of every target token under a policy, and the policy's tally: ((n*T,) float64 on CPU, Counted)."""
     inputs, targets, _ = windows
-    tally = Counted(choose_k, len(model.config.moe_layers))
+    tally = Counted(choose_k, len(model.config.moe_layers), model.device)
     losses = [-token_logp(model, x.to(model.device), y.to(model.device), tally).flatten().cpu().double()
               for x, y in zip(inputs.split(batch), targets.split(batch))]
     return torch.cat(losses), tally
@@ -539,12 +553,13 @@ def compare(s, model, allocators, calibration, heldout):
     ada = AdaK(allocators)
     mean_k = evaluate(model, calibration, ada)[1].mean()
     policies = {
-        'top-k': TopK(c.top_k), 'ada-k': ada, 'random-mix': RandomMix(mean_k, s.seed),
+        'top-k': TopK(c.top_k), 'ada-k': ada, 'random-mix': RandomMix(mean_k),
         'top-p': TopP(calibrate(model, calibration, lambda p: TopP(p, c.n_experts), mean_k, 0, 1), c.n_experts),
         'skip': Skip(calibrate(model, calibration, lambda beta: Skip(beta, c.top_k), mean_k, 2, 0), c.top_k)}
     base_flops, rows, reference = flops(c, c.top_k, s.seq), [], None
     progress = Progress('evaluation', len(policies))
     for i, (method, policy) in enumerate(policies.items()):
+        torch.manual_seed(s.seed)                              # for RandomMix
         loss, tally = evaluate(model, windows, policy)
         reference = loss if reference is None else reference
         delta = (loss - reference).numpy()
@@ -706,16 +721,13 @@ def write_log(path, log):
     write_whole(path, lambda f: f.write(text.getvalue().encode()))
 
 
+def save_figure(fig, path):
+    write_whole(path, lambda f: fig.savefig(f, format='png', dpi=130))
+    plt.close(fig)
+
+
 def figures(out, log, rows, top_k, target):
     """training.png: loss and mean k while PPO runs. layers.png: mean k by layer of every method."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    def save_figure(fig, name):
-        write_whole(out / name, lambda f: fig.savefig(f, format='png', dpi=130))
-        plt.close(fig)
-
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     probed = [row for row in log if 'delta' in row]
     a.plot([row['step'] for row in probed], [row['delta'] for row in probed], color='#0072B2', marker='.')
@@ -728,7 +740,7 @@ def figures(out, log, rows, top_k, target):
         b.axhline(target, color='black', linewidth=0.8, linestyle='-.', label='budget')
     b.set(xlabel='PPO step', ylabel='mean k (experts per token and layer)', title='experts in the rollouts')
     b.legend(fontsize=8)
-    save_figure(fig, 'training.png')
+    save_figure(fig, out / 'training.png')
 
     fig, ax = plt.subplots(figsize=(5.6, 3.6), layout='constrained')
     styles = {'top-k': ('black', ':', ''), 'ada-k': ('#0072B2', '-', 'o'), 'random-mix': ('#999999', '--', ''),
@@ -739,7 +751,7 @@ def figures(out, log, rows, top_k, target):
                 label=row['method'])
     ax.set(xlabel='MoE layer', ylabel='mean k (experts per token)', xticks=range(1, 1 + len(rows[0]['mean_k_by_layer'])))
     ax.legend(fontsize=8)
-    save_figure(fig, 'layers.png')
+    save_figure(fig, out / 'layers.png')
 
 
 # ================================================================ the whole run

@@ -39,14 +39,16 @@ def quote(match):
 
 
 def benched(match):
-    from bench import model_lines, ratios
+    from bench import claims, milliseconds, model_lines, roofline
     r = json.loads((root / match[1]).read_text())
     m = r['model']
     caption = (f'{r["machine"]}, torch {r["torch"]}; copy {r["reached"]["copy"] / 1e9:.0f} GB/s, matmul '
                f'{r["reached"]["float32"] / 1e12:.2f} TFLOP/s in float32, {r["reached"]["bfloat16"] / 1e12:.2f} in bfloat16; {r["seconds"]:.0f} s')
     sizes = ', '.join(f'{name} {m[name]}' for name in ('C', 'F', 'N', 'K', 'layers', 'V', 'T', 'dtype'))
     return (f'<!-- bench {match[1]} -->\n({caption})\n\nA whole model ({sizes}; decode at batch 1, {m["new"]} tokens behind 16):\n\n{model_lines(m)}\n\n'
-            f'<details><summary>The experts of one layer, every path</summary>\n\n{ratios(r["dispatch"])}\n\n</details>\n<!-- end -->')
+            f'The experts of one layer, by the path that the model takes:\n\n{claims(r["dispatch"])}\n\n'
+            f'<details><summary>Roofline: what this machine could do</summary>\n\n{roofline(r["dispatch"])}\n\n</details>\n\n'
+            f'<details><summary>Every path in milliseconds</summary>\n\n{milliseconds(r["dispatch"])}\n\n</details>\n<!-- end -->')
 
 
 new = re.sub(r'<!-- bench (\S+) -->.*?<!-- end -->', benched, old, flags=re.DOTALL)

@@ -53,7 +53,7 @@ def test_grouped_equals_loop_forward_and_backward(name):
     poison()
     fast, slow = moe(*args), moe_loop(*args)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():                                      # another path on a CPU
+    with torch.no_grad():
         torch.testing.assert_close(moe(*args), slow, rtol=1e-5, atol=1e-5)
     direction = torch.randn_like(slow)
     poison()
@@ -61,6 +61,23 @@ def test_grouped_equals_loop_forward_and_backward(name):
     for g, s in zip(got, torch.autograd.grad(slow, learnt, direction)):
         g = torch.where(torch.arange(g.shape[1]) < args[3][:, None], g, 0) if g.shape == args[2].shape else g
         torch.testing.assert_close(g, s, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_expert_by_expert_equals_grouped_and_loop(dtype, tolerance, monkeypatch):
+    # which of the two exact takes on a CPU depends on the number of rows
+    args = case(torch.randint(1, N + 1, (P,)), dtype=dtype)
+    slow = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
+    for limit in (0, 10 ** 9):
+        monkeypatch.setattr(moe_dispatch, 'SPLIT_BYTES', limit)
+        poison()
+        with torch.no_grad():
+            assert (moe(*args).float() - slow).abs().max() < tolerance * slow.abs().max()
+
+
+def test_no_token_at_all():
+    x, ids, weights, k, w_in, w_out = case(torch.ones(P, dtype=torch.long))
+    assert moe(x[:0], ids[:0], weights[:0], k[:0], w_in, w_out).shape == (0, C)
 
 
 def test_grouped_equals_loop_in_bf16():

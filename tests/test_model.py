@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+import moe_dispatch
 import train
-from allocator import AdaK, Allocators, TopK
+from allocator import AdaK, Allocators, Counted, RandomMix, TopK
 from conftest import random_model, tiny_config
-from model import Cache, InputError, Tokenizer, generate, load, read_safetensors, save, write_json, write_safetensors
+from model import Cache, InputError, StaticCache, Tokenizer, generate, load, read_safetensors, save, write_json, write_safetensors
 
 
 def test_static_k_equals_the_plain_model():
@@ -62,6 +63,33 @@ def test_cache_takes_several_tokens_at_a_time():
     cache = Cache(model.config, 2, 17, 'cpu', torch.float32)
     parts = [model(part, None, cache) for part in tokens.split([5, 1, 7, 4], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_static_cache_decodes_what_the_growing_one_does():
+    model = random_model(tiny_config())
+    tokens = torch.randint(50, (2, 12))
+    caches = [Cache(model.config, 2, 15, 'cpu', torch.float32) for _ in range(2)]       # 3 places stay empty
+    for cache in caches:
+        model(tokens[:, :5], None, cache)
+    caches[1].k[:, :, :, 5:] = 9                               # what lies behind the end must not matter
+    caches[1] = StaticCache(caches[1])
+    for t in range(5, 12):
+        plain, static = (model(tokens[:, t:t + 1], None, cache) for cache in caches)
+        torch.testing.assert_close(static, plain, rtol=1e-4, atol=1e-4)
+    assert caches[1].length.tolist() == [12]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
+@pytest.mark.parametrize('policy', [None, TopK(2), RandomMix(1.5)])
+def test_decoding_in_a_cuda_graph_gives_the_eager_tokens(policy, monkeypatch):
+    model = random_model(tiny_config(dim=64, expert_dim=32, head_dim=16)).to('cuda', torch.bfloat16)
+    tokens = torch.randint(50, (2, 5), device='cuda')
+    tally = Counted(policy or TopK(3), 3, 'cuda')
+    graphed = generate(model, tokens, 12, tally)
+    assert tally.counts.sum(1).tolist() == [2 * (5 + 11)] * 3
+    if not isinstance(policy, RandomMix):                      # a graph draws other numbers
+        monkeypatch.setattr(moe_dispatch, 'STATIC_TOKENS', 0)
+        assert torch.equal(graphed, generate(model, tokens, 12, policy))
 
 
 def test_save_then_load_gives_the_same_model(tmp_path):
