@@ -3,11 +3,13 @@
 Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`, the seam of model.py:
     layer 0..L-1, x (P,C) what the router reads, probs (P,N) the router's fp32 softmax  ->  k (P,) int64 in 1..k_max.
 
-    TopK       the same k for every token                                    knob: k
-    RandomMix  k drawn between two neighbouring integers, blind to content   knob: mean k
-    TopP       the least k whose router mass reaches p (Huang et al. 2024)   knob: p
-    Skip       drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)   knob: beta
-    AdaK       the trained allocators of the paper (eq. 4, 5)                knob: price
+    TopK          the same k for every token                                    knob: k
+    RandomMix     k drawn between two neighbouring integers, blind to content   knob: mean k
+    PerLayer      the same for every layer apart                                knobs: mean k of each layer
+    TopP          the least k whose router mass reaches p (Huang et al. 2024)   knob: p
+    Skip          drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)   knob: beta
+    EntropyBands  the more experts the higher the entropy of the router         knob: scale
+    AdaK          the trained allocators of the paper (eq. 4, 5)                knob: price
 
 A knob is calibrated on one split of the text to a wanted mean k (`bisect`) and reported on another.
 """
@@ -47,6 +49,17 @@ class RandomMix:
         return self.low + (torch.rand(len(x), device=x.device) < self.high_share).long()
 
 
+class PerLayer:
+    """One mean k per layer, blind to content within it: `RandomMix` for every layer apart."""
+
+    def __init__(self, mean_k):
+        self.layers = [RandomMix(k) for k in mean_k]
+        self.k_max = max(mix.k_max for mix in self.layers)
+
+    def __call__(self, layer, x, probs):
+        return self.layers[layer](layer, x, probs)
+
+
 class TopP:
     """The least k with p_1 + .. + p_k >= p, p_i the router's probabilities in falling order.
 
@@ -77,9 +90,28 @@ class Skip:
         self.beta, self.k_max = beta, top_k
 
     def __call__(self, layer, x, probs):
-        kept = probs.topk(self.k_max, dim=-1).values.cumsum(-1)                 # (P,K)
-        tail = kept[:, -1:] - kept
-        return 1 + (tail[:, :-1] > self.beta * kept[:, :-1]).sum(-1)
+        return 1 + (tail_ratios(probs.topk(self.k_max, dim=-1).values) > self.beta).sum(-1)
+
+
+def tail_ratios(p):
+    """(p_{k+1} + .. + p_K) / (p_1 + .. + p_k) for k = 1..K-1, falling with k: p (P,K) in falling order -> (P,K-1)."""
+    kept = p.cumsum(-1)
+    return (kept[:, -1:] - kept[:, :-1]) / kept[:, :-1]
+
+
+class EntropyBands:
+    """k = scale * exp(H), rounded, at least 1 and at most k_max: H is the router's entropy in nats, exp(H) its effective number of experts.
+
+    The bands of H lie between log((k - 1/2) / scale) and log((k + 1/2) / scale).
+    Example: the uniform (1/4, 1/4, 1/4, 1/4) has exp(H) = 4; with scale .5 -> 2; a sure (1, 0, 0, 0) -> 1.
+    """
+
+    def __init__(self, scale, k_max):
+        self.scale, self.k_max = scale, k_max
+
+    def __call__(self, layer, x, probs):
+        effective = torch.special.entr(probs).sum(-1).exp()                     # (P,)
+        return (self.scale * effective).round().long().clamp(1, self.k_max)
 
 
 # ================================================================ the trained allocators
@@ -87,9 +119,9 @@ class Skip:
 class Allocators(nn.Module):
     """One linear map per MoE layer from what the router sees to a distribution over k (eq. 4): logits = W z + b.
 
-    As published (`extended=False`) z = x and k = 1..N: W is (N,C), no bias. Extended, the default of train.py, z is x
-    and the logarithms of the router's sorted probabilities, both standardised by the `mean` and `std` of a first batch:
-    the router has already learnt how sure it is, and a map that is linear in x would have to learn that again.
+    As published (`extended=False`) z = x and k = 1..N: W is (N,C), no bias. Extended, the default of train.py, z is x,
+    the logarithms of the router's sorted probabilities, and those of Skip's ratios, all standardised by the `mean` and `std`
+    of a first batch: the router has already learnt how sure it is, and a map that is linear in x would have to learn it again.
 
     weight (L,k_max,n_in), bias (L,k_max), mean and std (L,n_in), all fp32; `price` shifts the logits by -price * k at
     inference (`AdaK`), a dial between fewer and more experts.
@@ -98,8 +130,8 @@ class Allocators(nn.Module):
     def __init__(self, config, k_max, extended):
         super().__init__()
         L = len(config.moe_layers)
-        n_in = config.dim + (config.n_experts if extended else 0)
-        self.k_max, self.extended = k_max, extended
+        n_in = config.dim + (config.n_experts + config.top_k - 1 if extended else 0)
+        self.k_max, self.extended, self.top_k = k_max, extended, config.top_k
         self.weight = nn.Parameter(torch.zeros(L, k_max, n_in))
         self.bias = nn.Parameter(torch.zeros(L, k_max), requires_grad=extended)
         self.register_buffer('mean', torch.zeros(L, n_in))
@@ -112,7 +144,8 @@ class Allocators(nn.Module):
         """z (P,n_in) fp32 of one layer, a constant for the training: no gradient flows into the base model."""
         z = x.detach().float()
         if self.extended:
-            z = torch.cat([z, probs.detach().sort(dim=-1, descending=True).values.clamp_min(1e-9).log()], dim=-1)
+            p = probs.detach().sort(dim=-1, descending=True).values
+            z = torch.cat([z, p.clamp_min(1e-9).log(), tail_ratios(p[:, :self.top_k]).clamp_min(1e-9).log()], dim=-1)
         return (z - self.mean[layer]) / self.std[layer]
 
     def logits(self, layer, z):
@@ -186,6 +219,31 @@ class Rollout:
         return (torch.stack(part) for part in zip(*self.steps))
 
 
+class SoftMixture:
+    """Learning without RL: every token runs k_max experts, and its output is the mean over k of what k experts would give.
+
+    y = sum_k pi_k y_k with pi from the allocators, so backpropagation through the model reaches them. One object per pass;
+    after it `pi` is (L,P,k_max). Costs what k_max experts cost, forwards and backwards; for inference take `AdaK`.
+    """
+
+    def __init__(self, allocators):
+        self.allocators, self.k_max, self.steps = allocators, allocators.k_max, []
+
+    def __call__(self, layer, x, probs):
+        self.steps.append(F.softmax(self.allocators.logits(layer, self.allocators.inputs(layer, x, probs)), -1))
+        return torch.full((len(x),), self.k_max, device=x.device)
+
+    def select(self, probs, k, k_max, renormalise):
+        """ids and weights (P,k_max): expert j gets p_j times the sum over k >= j of pi_k / (p_1 + .. + p_k), or of pi_k alone."""
+        p, ids = probs.topk(k_max, dim=-1)
+        share = self.steps[-1] / p.cumsum(-1) if renormalise else self.steps[-1]
+        return ids, p * share.flip(-1).cumsum(-1).flip(-1)
+
+    @property
+    def pi(self):
+        return torch.stack(self.steps)
+
+
 # ================================================================ counting and calibrating
 
 class Counted:
@@ -209,7 +267,7 @@ class Counted:
 
 
 def bisect(mean_k, target, low, high, steps=12):
-    """The knob in low..high at which mean_k(knob) comes nearest to target, within 0.1%; mean_k rises from low to high.
+    """The knob in low..high at which mean_k(knob) comes nearest to target, within 0.2%; mean_k rises from low to high.
 
     `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives an end.
     """
@@ -219,7 +277,7 @@ def bisect(mean_k, target, low, high, steps=12):
         miss = mean_k(middle) - target
         if best is None or abs(miss) < abs(best[0]):
             best = miss, middle
-        if abs(miss) < 1e-3 * target:
+        if abs(miss) < 2e-3 * target:
             break
         low, high = (low, middle) if miss > 0 else (middle, high)
     return best[1]

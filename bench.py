@@ -12,21 +12,33 @@ time included). Every number is a median over rounds in which all candidates run
 a ratio of medians. Smaller is not always faster: read the spread.
 """
 import argparse
+import hashlib
+import io
 import itertools
+import keyword
+import math
 import platform
+import re
 import statistics
 import sys
 import time
+import tokenize
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import moe_dispatch
-from allocator import AdaK, Allocators, Counted, RandomMix, Skip, TopK, TopP, bisect
-from model import Config, InputError, Tokenizer, find_checkpoint, generate, generate_steps, read_config, write_json
-from train import (OneLineParser, Settings, base_model, load_model, new_model, open_device, open_out, plt, run_settings, save_figure)
+from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, RandomMix, Rollout, Skip, TopK, TopP, bisect
+from model import (Config, InputError, Tokenizer, Transformer, find_checkpoint, generate, generate_steps, read_config, read_json,
+                   read_safetensors, write_json, write_safetensors)
+from moe_dispatch import flops
+from train import (PAPER, PRESETS, OneLineParser, Settings, Text, base_model, calibrate, check_budget, clustered_error, evaluate, load_model,
+                   new_allocators, new_model, open_device, open_out, plt, read_documents, run_settings, save_figure, split_documents, train_ppo,
+                   train_soft)
 
 
 # ================================================================ timing
@@ -446,7 +458,7 @@ def bench_run(a):
     """The model of a run, or of --ckpt, on held-out text: Top-K against its allocators (without a run: random ones at 0.7 K)."""
     s = run_settings(a.run) if a.run else Settings(seq=512)
     s.device, s.ckpt = a.device, a.ckpt or s.ckpt
-    out = open_out(a.out or a.run or 'out')
+    out = open_out(a.out or a.run or f'out/{Path(a.ckpt).name}')
     model, _, texts = base_model(s, Path(a.run or out))
     tokens = texts[2].windows(s.seq, max(s.seq, 2048))[0].to(s.device)          # (n,seq)
     policy = AdaK(Allocators.load(Path(a.run) / 'allocator.safetensors', model.config).to(s.device)) if a.run else fewer(model, tokens, 0.7)
@@ -455,6 +467,476 @@ def bench_run(a):
     write_json(out / 'bench.json', {'run': a.run, 'ckpt': a.ckpt, 'torch': torch.__version__, 'model': table})
     model_figure(out / 'model.png', table)
     print(f'wrote bench.json and model.png in {out}')
+
+
+# ================================================================ the frontier: every policy at every budget
+
+BUDGETS = 0.9, 0.75, 0.6, 0.5
+
+
+@dataclass
+class Study:
+    """A frozen base model and everything measured on it: `folder` keeps one file per row, so a second run goes on where the first stopped."""
+    s: Settings
+    model: Transformer
+    tokenizer: Tokenizer
+    text: Text                      # to train allocators on
+    calibration: Text
+    heldout: Text
+    folder: Path
+
+    def __post_init__(self):
+        self.calibration_windows = self.calibration.windows(self.s.seq, self.s.calibration_tokens)
+        self.windows = self.heldout.windows(self.s.seq, self.s.heldout_tokens)
+        self.K, self.L = self.model.config.top_k, len(self.model.config.moe_layers)
+
+    def measured(self, name, policy_of):
+        """(loss (n,), counts (L,k_max+1)) of policy_of() on the held-out windows, from the folder if it is there."""
+        path = self.folder / f'{plain(name)}.row'
+        if path.exists():
+            tensors, _ = read_safetensors(path)
+        else:
+            torch.manual_seed(self.s.seed)                     # for the policies that draw
+            loss, tally = evaluate(self.model, self.windows, policy_of())
+            tensors = {'loss': loss.float(), 'counts': tally.counts.cpu()}
+            write_safetensors(path, tensors)
+            print(f'{name}: {loss.mean():.4f} nats at mean k {tally.mean():.3f}', flush=True)
+        return tensors['loss'].double(), tensors['counts']
+
+    def calibrated(self, policy_of, budget, low, high):
+        """policy_of(knob) with the knob that gives mean k = budget * K on the calibration windows."""
+        return lambda: policy_of(calibrate(self.model, self.calibration_windows, policy_of, budget * self.K, low, high))
+
+    def allocators(self, kind, budget, seed, prepare=None, **changes):
+        """Trained allocators from the folder, or trained now: kind 'ada-k', 'no-rl', 'p-warm', 'paper' or an ablation's name.
+
+        `changes` are to the run's Settings; prepare(allocators) may change the start.
+        """
+        path = self.folder / f'{plain(kind)}-{budget}-seed{seed}.safetensors'
+        if not path.exists():
+            s = replace(self.s, **{'budget': budget, 'seed': seed, 'lam': None, **changes})
+            print(f'training {path.stem}', flush=True)
+            allocators = new_allocators(s, self.model, self.text)
+            if prepare:
+                prepare(allocators)
+            if kind == 'no-rl':
+                train_soft(s, self.model, allocators, self.text)
+            elif kind != 'p-warm':
+                train_ppo(s, self.model, allocators, self.text, self.calibration, [])
+            allocators.save(path)
+        return Allocators.load(path, self.model.config).to(self.s.device)
+
+
+def plain(name):
+    """A file name of letters, digits, dots and dashes. Example: 'price 2e-3, 1/4 of the layers' -> 'price-2e-3-1-4-of-the-layers'."""
+    return re.sub(r'[^a-z0-9.]+', '-', name.lower())
+
+
+def open_study(a, name):
+    """The Study of --run or --ckpt; its folder belongs to one base model, one text and one recipe, InputError names what differs."""
+    s = run_settings(a.run) if a.run else Settings(ckpt=a.ckpt, **PRESETS['smoke' if a.quick else 'tiny'])
+    s.device, s.ckpt, out = a.device, a.ckpt or s.ckpt, Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}'))
+    if not s.ckpt and not (out / 'base' / 'recipe.json').exists():
+        raise InputError(f'{out}: the run is not complete, its base model is missing; run train.py --out {out} again')
+    model, tokenizer, texts = base_model(s, out)
+    check_budget(replace(s, budget=min(BUDGETS), lam=None), model.config.top_k)
+    study = Study(s, model, tokenizer, *texts, open_out(out / name))
+    digest = hashlib.sha256(b''.join(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in model.state_dict().values()))
+    facts = {'base': digest.hexdigest(), 'text': [len(t.tokens) for t in texts],
+             **{field: value for field, value in asdict(s).items() if field not in ('out', 'fresh', 'budget', 'lam', 'seed', 'device', 'ckpt')}}
+    old = study.folder / 'study.json'
+    if old.exists() and (other := [name for name, value in read_json(old).items() if facts.get(name) != value]):
+        raise InputError(f'{study.folder} was measured with another {other[0]}: move it away to measure again')
+    write_json(old, facts)
+    # the run's own allocators are one of those wanted
+    if a.run and name == 'frontier' and run_settings(a.run).lam is None and not s.paper:
+        mine = study.folder / f'ada-k-{s.budget}-seed{s.seed}.safetensors'
+        if not mine.exists() and (Path(a.run) / 'allocator.safetensors').exists():
+            Allocators.load(Path(a.run) / 'allocator.safetensors', model.config).save(mine)
+    return study
+
+
+def greedy_layers(study, tokens=8192):
+    """{total: mean k of each layer} for totals from L*K down: each time the layer that costs the least gives up one expert."""
+    windows = study.calibration.windows(study.s.seq, tokens)
+    k = [study.K] * study.L
+    path = {sum(k): k}
+    while sum(k) > max(study.L, int(min(BUDGETS) * study.K * study.L)):
+        lower = [[n - (i == layer) for i, n in enumerate(k)] for layer in range(study.L) if k[layer] > 1]
+        k = min(lower, key=lambda plan: evaluate(study.model, windows, PerLayer(plan))[0].mean().item())
+        path[sum(k)] = k
+    return path
+
+
+def between(path, total):
+    """The plan of a fractional total: the two neighbours of `greedy_layers`, mixed."""
+    low = max(min(path), math.floor(total))
+    high = min(low + 1, max(path))
+    return [a + (b - a) * (total - low) for a, b in zip(path[low], path[high])]
+
+
+def oracle(losses, price):
+    """Hindsight, after Duo-LLM: losses (A,n) of every static k, the label known -> (loss (n,), k (n,)) of the plan that minimises loss + price * k."""
+    k = torch.arange(1, len(losses) + 1)
+    best = (losses + price * k[:, None]).argmin(0)
+    return losses.gather(0, best[None])[0], k[best]
+
+
+def row(study, method, budget, measurements, reference, params=0):
+    """One row: the mean over seeds of [(loss, counts), ..], the paired difference to Top-K, and its standard error.
+
+    The error has two parts: tokens of one document are dependent (clustered), and seeds differ.
+    """
+    c = study.model.config
+    losses = torch.stack([loss for loss, _ in measurements]).numpy()            # (seeds,n)
+    counts = sum(counts / counts.sum() for _, counts in measurements) / len(measurements)
+    mean_k = (counts.sum(0) * torch.arange(counts.shape[1])).sum().item()
+    delta = losses - reference.numpy()
+    seeds = delta.mean(1).std(ddof=1) if len(losses) > 1 else 0.0
+    base, cost = flops(c, c.top_k, study.s.seq), flops(c, mean_k, study.s.seq, params)
+    return {'method': method, 'budget': budget, 'seeds': len(losses), 'delta': delta.mean(), 'seed_std': float(seeds),
+            'delta_se': math.hypot(clustered_error(delta.mean(0), study.windows[2].flatten()), seeds / len(losses) ** 0.5),
+            'mean_k': mean_k, 'expert_flops': cost['experts'] / base['experts'], 'total_flops': cost['total'] / base['total']}
+
+
+def frontier(a):
+    """Every policy at every budget on one frozen base -> frontier.json, frontier.png and the table."""
+    start, study = time.time(), open_study(a, 'frontier')
+    s, K, model = study.s, study.K, study.model
+    k_max, n_experts = min(2 * K, model.config.n_experts), model.config.n_experts
+    published = {'paper': True, **{name: value for name, value in PAPER.items() if name != 'lam'}}
+    seeds, budgets = range(s.seed, s.seed + (1 if a.quick else 3)), BUDGETS[1::2] if a.quick else BUDGETS
+    spent = 0.0
+    if (study.folder / 'frontier.json').exists():
+        spent = read_json(study.folder / 'frontier.json')['seconds']
+    static = {k: study.measured(f'static-{k}', lambda k=k: TopK(k)) for k in range(1, k_max + 1)}
+    topk, rows, paired, greedy = static[K][0], [], [], None
+
+    def add(method, budget, measurements, params=0):
+        rows.append(row(study, method, budget, measurements, topk, params))
+        paired.append(torch.stack([loss for loss, _ in measurements]))          # (seeds,n)
+        write_json(study.folder / 'frontier.json', {
+            'rows': rows, 'K': K, 'seconds': spent + time.time() - start, 'tokens': len(topk), 'seeds': len(seeds),
+            'documents': len(np.unique(study.windows[2])), 'threads': torch.get_num_threads(), 'torch': torch.__version__})
+
+    for k, measurement in static.items():
+        add('static k', k / K, [measurement])
+    for b in budgets:
+        at = f'{b}'
+        if not (study.folder / f'per-layer-{at}.row').exists():
+            greedy = greedy or greedy_layers(study)
+        add('random mix', b, [study.measured(f'random-mix-{at}', lambda: RandomMix(b * K))])
+        add('per-layer static k', b, [study.measured(f'per-layer-{at}', lambda: PerLayer(between(greedy, b * K * study.L)))])
+        add('Top-P', b, [study.measured(f'top-p-{at}', study.calibrated(lambda p: TopP(p, n_experts), b, 0, 1))])
+        add('expert skipping', b, [study.measured(f'skip-{at}', study.calibrated(lambda beta: Skip(beta, K), b, 4, 0))])
+        add('entropy bands', b, [study.measured(f'bands-{at}', study.calibrated(lambda scale: EntropyBands(scale, k_max), b, 0, 4))])
+
+        def dialled(name, make, n=1):
+            """Rows of trained allocators at this budget, their price dial set on the calibration split; make(seed) trains or loads."""
+            done = []
+            for seed in list(seeds)[:n]:
+                allocators = make(seed)
+                done.append(study.measured(f'{name}-{at}-seed{seed}', study.calibrated(lambda price: AdaK(allocators, price=price), b, 20, -20)))
+            add(name, b, done, allocators.weight.numel())
+        dialled('P-Warm only', lambda seed: study.allocators('p-warm', BUDGETS[1], seed, **published))
+        dialled('published recipe, dialled', lambda seed: study.allocators('paper', BUDGETS[1], seed, **published))
+        dialled('learnt without RL', lambda seed: study.allocators('no-rl', b, seed), 3)
+        dialled('Ada-K, dialled', lambda seed: study.allocators('ada-k', BUDGETS[1], seed), 3)
+        dialled('Ada-K', lambda seed: study.allocators('ada-k', b, seed), 3)
+        lead(study, rows, paired, b)
+
+        losses = torch.stack([loss for loss, _ in static.values()])
+        price = bisect(lambda price: oracle(losses, price)[1].double().mean().item(), b * K, 5, 0, 30)      # hindsight all the way
+        loss, k = oracle(losses, price)
+        add('oracle (hindsight)', b, [(loss, torch.bincount(k, minlength=k_max + 1)[None])])
+    print(frontier_table(rows))
+    frontier_figure(study.folder / 'frontier.png', rows)
+    print(f'{spent + time.time() - start:.0f} s in all; wrote frontier.json and frontier.png in {study.folder}')
+
+
+TRAINING_FREE = 'static k', 'random mix', 'per-layer static k', 'Top-P', 'expert skipping', 'entropy bands'
+
+
+def lead(study, rows, paired, budget):
+    """Adds to the Ada-K row of a budget its paired differences: to the best row without training there, and to the one without RL.
+
+    Mean k is set on other text, so it differs a little between rows; the difference is corrected to equal mean k by the slope of
+    the static-k curve there: an Ada-K that ran more experts is charged for them.
+    """
+    here = [i for i, r in enumerate(rows) if abs(r['budget'] - budget) < 1e-9]
+    ada = next(i for i in here if rows[i]['method'] == 'Ada-K')
+    free = min((i for i in here if rows[i]['method'] in TRAINING_FREE), key=lambda i: rows[i]['delta'])
+    no_rl = next(i for i in here if rows[i]['method'] == 'learnt without RL')
+    static = {round(r['mean_k']): r['delta'] for r in rows if r['method'] == 'static k'}
+    below = min(math.floor(budget * study.K), study.K - 1)
+    slope = static[below + 1] - static[below]                                   # nats per expert, below 0
+    for name, other in (('best_free', free), ('no_rl', no_rl)):
+        difference = (paired[ada].mean(0) - paired[other].mean(0)).numpy()
+        seeds = math.hypot(*(rows[i]['seed_std'] / rows[i]['seeds'] ** 0.5 for i in (ada, other)))
+        rows[ada][name] = {'method': rows[other]['method'], 'difference': difference.mean(),
+                           'at_equal_k': difference.mean() - slope * (rows[ada]['mean_k'] - rows[other]['mean_k']),
+                           'se': math.hypot(clustered_error(difference, study.windows[2].flatten()), seeds)}
+
+
+def frontier_table(rows):
+    """Loss minus Top-K in thousandths of a nat per token at every budget; under it the lead of Ada-K, paired."""
+    budgets = sorted({r['budget'] for r in rows if r['method'] == 'Ada-K'}, reverse=True)
+    show = lambda r: f'{1000 * r["delta"]:+.1f} ± {1000 * r["delta_se"]:.1f}' + (f' (k {r["mean_k"]:.2f})' if r['method'] == 'Ada-K' else '')
+    lines = []
+    for method in dict.fromkeys(r['method'] for r in rows):
+        mine = {r['budget']: r for r in rows if r['method'] == method}
+        lines.append([method, str(max(r['seeds'] for r in mine.values())), *(show(mine[b]) if b in mine else '' for b in budgets)])
+    ada = {r['budget']: r for r in rows if r['method'] == 'Ada-K'}
+    for name, title in (('best_free', 'Ada-K minus the best row without training'), ('no_rl', 'Ada-K minus learnt without RL')):
+        lines.append([f'*{title}, at equal mean k*', '', *(f'*{1000 * ada[b][name]["at_equal_k"]:+.1f} ± {1000 * ada[b][name]["se"]:.1f}*' for b in budgets)])
+    return markdown(['10⁻³ nats/token, minus Top-K', 'seeds', *(f'{b:g} K' for b in budgets)], lines)
+
+
+LOOKS = {'static k': ('black', 'x', ':'), 'random mix': ('#999999', 'v', '--'), 'per-layer static k': ('#999999', 's', ':'),
+         'Top-P': ('#E69F00', 's', '-'), 'expert skipping': ('#009E73', '^', '-'), 'entropy bands': ('#CC79A7', 'D', '--'),
+         'P-Warm only': ('#56B4E9', '<', ':'), 'published recipe, dialled': ('#56B4E9', '>', '--'), 'learnt without RL': ('#D55E00', 'P', '-'),
+         'Ada-K, dialled': ('#0072B2', 'o', ':'), 'Ada-K': ('#0072B2', 'o', '-'), 'oracle (hindsight)': ('black', '*', '-.')}
+
+
+def frontier_figure(path, rows):
+    """Left: loss minus Top-K against the share of expert FLOPs. Right: the same, minus expert skipping, where the rows lie close."""
+    fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    skip = {r['budget']: r['delta'] for r in rows if r['method'] == 'expert skipping'}
+    for method, (color, marker, line) in LOOKS.items():
+        mine = sorted((r for r in rows if r['method'] == method and r['expert_flops'] < 1), key=lambda r: r['expert_flops'])
+        if method != 'oracle (hindsight)':
+            a.errorbar([r['expert_flops'] for r in mine], [r['delta'] for r in mine], [r['delta_se'] for r in mine], color=color, marker=marker,
+                       linestyle=line, label=method, markersize=5)
+        if method in ('per-layer static k', 'expert skipping', 'learnt without RL', 'Ada-K, dialled', 'Ada-K'):
+            b.errorbar([r['expert_flops'] for r in mine], [r['delta'] - skip[r['budget']] for r in mine], [r['delta_se'] for r in mine],
+                       color=color, marker=marker, linestyle=line, markersize=5)
+    worst = max(r['delta'] for r in rows if r['budget'] in skip and r['method'] in TRAINING_FREE[1:])
+    a.set(xlabel='share of expert FLOPs', ylabel='loss minus Top-K (nats/token)', title='lower is better', ylim=(-0.005, 1.1 * worst))
+    a.axhline(0, color='black', linewidth=0.8)
+    a.legend(fontsize=7)
+    b.set(xlabel='share of expert FLOPs', ylabel='loss minus expert skipping (nats/token)', title='close up: the same minus expert skipping')
+    save_figure(fig, path)
+
+
+# ================================================================ the published ablations, in kind
+
+def some_layers(share):
+    """Allocators in every (1/share)-th layer only: the others always run K, by a bias that no training moves."""
+    def prepare(allocators):
+        for layer in range(len(allocators.bias)):
+            if (layer + 1) % round(1 / share):
+                allocators.weight.data[layer] = 0
+                allocators.bias.data[layer] = 0
+                allocators.bias.data[layer, allocators.top_k - 1] = 1000
+    return prepare
+
+
+def ablations(a):
+    """One change of the recipe at a time, few PPO steps, one seed -> ablations.json and the table."""
+    start, study = time.time(), open_study(a, 'ablations')
+    s, K = study.s, study.K
+    steps = 6 if a.quick else 80
+    many = dict(group=1, ppo_batch=s.group * s.ppo_batch)      # as many rollouts, of more texts
+    cases = [('default', {}), ('cost as reward instead of loss', dict(cost='reward')),
+             ('start: random', dict(start='random')), ('start: always K', dict(start='always-k')), ('start: P-Warm', dict(start='p-warm')),
+             ('reward of the text\'s own token', dict(reward='sampled')),
+             ('baseline: Top-K', many), ('baseline: Top-K, reward of the text\'s own token (published)', dict(reward='sampled', **many)),
+             ('allocator reads x only, start: P-Warm', dict(extended=False, start='p-warm', ppo_lr=1e-3)),
+             ('1 PPO epoch', dict(epochs=1)), ('2 PPO epochs', dict(epochs=2))]
+    reference, _ = study.measured('top-k', lambda: TopK(K))
+    rows = []
+
+    def add(what, allocators, policy_of):
+        measurement = study.measured(what, policy_of)
+        rows.append({'what': what, **row(study, 'Ada-K', BUDGETS[1], [measurement], reference, allocators.weight.numel())})
+        write_json(study.folder / 'ablations.json', {'rows': rows, 'steps': steps, 'K': K, 'budget': BUDGETS[1], 'seconds': time.time() - start})
+
+    def dial(allocators):
+        return study.calibrated(lambda price: AdaK(allocators, price=price), BUDGETS[1], 20, -20)
+    for what, changes in cases:
+        allocators = study.allocators(what, BUDGETS[1], s.seed, ppo_steps=steps, **changes)
+        add(what, allocators, dial(allocators))
+        if what == 'default':
+            sampled = lambda: Rollout(allocators, torch.Generator(s.device).manual_seed(s.seed))
+            add('sampled k at evaluation, no dial', allocators, sampled)
+    for share in (1, 1 / 2, 1 / 4, 1 / 8):
+        if study.L * share >= 1:
+            what = f'price 2e-3, allocators in {"all" if share == 1 else f"1/{round(1 / share)} of the"} layers'
+            allocators = study.allocators(what, BUDGETS[1], s.seed, some_layers(share), ppo_steps=steps, lam=2e-3)
+            add(what, allocators, lambda: AdaK(allocators, price=0.0))
+    print(ablation_table({'rows': rows}))
+    print(f'{time.time() - start:.0f} s; wrote ablations.json in {study.folder}')
+
+
+def ablation_table(results):
+    return markdown(['what', 'minus Top-K (10⁻³ nats/token)', 'mean k', 'expert FLOPs'],
+                    [[r['what'], f'{1000 * r["delta"]:+.1f} ± {1000 * r["delta_se"]:.1f}', f'{r["mean_k"]:.2f}', f'{r["expert_flops"]:.2f}']
+                     for r in results['rows']])
+
+
+# ================================================================ what the allocators learnt
+
+PYTHON_CLASSES = 'identifier', 'keyword', 'number', 'operator, punctuation', 'string', 'comment, docstring', 'white space'
+PROSE_CLASSES = 'content word', 'function word', 'number', 'operator, punctuation', 'white space'
+FUNCTION_WORDS = frozenset('a an the and or but nor so yet if then than that this these those of to in on at by for from with without as is are '
+                           'was were be been being it its he she they we you i him her them us me my your his our their not no do does '
+                           'did has have had will would can could may might must shall should there which who whom what when where'.split())
+
+
+def python_classes(text):
+    """The class of every character of Python source, by the standard library's tokenizer; what it cannot read is a comment.
+
+    A string that is a statement of its own is a docstring. Example: 'x = 1' -> identifier, white space, operator, white space, number.
+    """
+    classes = ['white space'] * len(text)
+    starts = list(itertools.accumulate((len(line) for line in text.splitlines(True)), initial=0))
+    statement_starts, end = True, 0
+    try:
+        for t in tokenize.generate_tokens(io.StringIO(text).readline):
+            name = tokenize.tok_name[t.type]
+            kind = {'NUMBER': 'number', 'OP': 'operator, punctuation', 'COMMENT': 'comment, docstring',
+                    'NAME': 'keyword' if keyword.iskeyword(t.string) else 'identifier',
+                    'STRING': 'comment, docstring' if statement_starts else 'string'}.get(name, 'string' if name.startswith('FSTRING') else None)
+            if kind:
+                begin, end = (starts[line - 1] + column for line, column in (t.start, t.end))
+                classes[begin:end] = [kind] * (end - begin)
+            if name not in ('NL', 'COMMENT'):
+                statement_starts = name in ('NEWLINE', 'INDENT', 'DEDENT')
+    except (tokenize.TokenError, SyntaxError, IndexError):
+        classes[end:] = ['comment, docstring'] * (len(text) - end)
+    return classes
+
+
+def prose_classes(text):
+    """The class of every character of any other text: a word is a function word if it is in the short list above, else a content word."""
+    classes = []
+    for piece in re.findall(r'[^\W\d_]+|\d+|\s+|(?:[^\s\w]|_)+', text):
+        kind = 'white space' if piece.isspace() else 'number' if piece[0].isdigit() else 'operator, punctuation' if not piece[0].isalpha() \
+            else 'function word' if piece.lower() in FUNCTION_WORDS else 'content word'
+        classes += [kind] * len(piece)
+    return classes
+
+
+def token_classes(tokenizer, ids, text, classes):
+    """The class of each token: that of its first character that is not white space. ids: tokens of `text` alone.
+
+    text and classes have one item per character, tokens are bytes; a token without a visible start is white space.
+    """
+    byte_class = np.repeat(np.array(classes, dtype=object), [len(c.encode('utf-8', 'surrogatepass')) for c in text])
+    raw, at, result = text.encode('utf-8', 'surrogatepass'), 0, []
+    for i in ids:
+        piece = tokenizer.bytes_of_id[i]
+        skip = len(piece) - len(piece.lstrip())
+        assert raw[at:at + len(piece)] == piece, 'tokens do not spell the text'
+        result.append('white space' if skip == len(piece) else byte_class[at + skip])
+        at += len(piece)
+    return result
+
+
+def held_out_classes(study):
+    """(class of every input token of the held-out windows (n,), names of the classes). Prose rules where nothing is Python."""
+    documents = read_documents(study.s.data)
+    documents = dict(list(documents.items())[:study.s.documents])
+    python = any(name.endswith('.py') for name in documents)
+    if not python:
+        print('no Python files in the text: token classes by the rule for prose (prose_classes)', file=sys.stderr)
+    names, tokenizer = PYTHON_CLASSES if python else PROSE_CLASSES, study.tokenizer
+    stream = []
+    for text in split_documents(documents)[2]:
+        ids = tokenizer.encode(text)
+        inner = token_classes(tokenizer, ids, text, (python_classes if python else prose_classes)(text))
+        stream += ['white space'] * (tokenizer.bos is not None) + inner + ['white space'] * (tokenizer.eos is not None)
+    number = torch.tensor([names.index(kind) for kind in stream])
+    return Text(number, study.heldout.document).windows(study.s.seq, study.s.heldout_tokens)[0].flatten(), names
+
+
+class Loads(Counted):
+    """A policy with a tally that also keeps every k, `k` a list of (P,), and how often each expert ran, `load` (L,N)."""
+
+    def __init__(self, policy, n_layers, n_experts, device):
+        super().__init__(policy, n_layers, device)
+        self.k, self.load = [[] for _ in range(n_layers)], torch.zeros(n_layers, n_experts, device=device)
+
+    def __call__(self, layer, x, probs):
+        k = super().__call__(layer, x, probs)
+        ids = probs.topk(self.k_max, dim=-1).indices
+        used = torch.arange(self.k_max, device=k.device) < k[:, None]
+        self.load[layer] += torch.bincount(ids[used], minlength=probs.shape[1])
+        self.k[layer].append(k.cpu())
+        return k
+
+
+def analysis(a):
+    """Where the trained allocators spend experts on held-out text -> analysis.json, analysis.png and one line a finding."""
+    study = open_study(a, 'analysis')
+    s, c = study.s, study.model.config
+    if not a.run:
+        raise InputError('--analysis: give the trained run, --analysis RUN')
+    policy = AdaK(Allocators.load(Path(a.run) / 'allocator.safetensors', c).to(s.device))
+    loss, _ = evaluate(study.model, study.windows, topk := Loads(TopK(c.top_k), study.L, c.n_experts, s.device))
+    evaluate(study.model, study.windows, ada := Loads(policy, study.L, c.n_experts, s.device))
+    k = torch.stack([torch.cat(layer) for layer in ada.k]).float()              # (L,n)
+    kind, names = held_out_classes(study)
+    harder = torch.searchsorted(torch.quantile(loss[::max(1, len(loss) // 10 ** 6)], torch.linspace(0.1, 0.9, 9).double()), loss)     # decile of each token
+    group = lambda of, n: [k[:, of == i].mean().item() if (of == i).any() else None for i in range(n)]
+    results = {'K': c.top_k, 'mean_k': k.mean().item(), 'above_k': (k > c.top_k).float().mean().item(),
+               'histogram': [(k == i).float().mean().item() for i in range(1, policy.k_max + 1)], 'by_layer': k.mean(1).tolist(),
+               'classes': names, 'by_class': group(kind, len(names)), 'class_share': [(kind == i).float().mean().item() for i in range(len(names))],
+               'by_difficulty': group(harder, 10),
+               'load': {name: (t.load / t.load.sum(1, keepdim=True)).sort(1, descending=True).values.cpu().tolist()
+                        for name, t in (('Top-K', topk), ('Ada-K', ada))}}
+    write_json(study.folder / 'analysis.json', results)
+    analysis_figure(study.folder / 'analysis.png', results)
+    print(findings(results))
+    print(f'wrote analysis.json and analysis.png in {study.folder}')
+
+
+def findings(r):
+    """The analysis in sentences, each published claim with whether it holds here."""
+    layers, by_class = r['by_layer'], dict(zip(r['classes'], r['by_class']))
+    middle, ends = layers[1:-1] or layers, (layers[0] + layers[-1]) / 2
+    middle = sum(middle) / len(middle)
+    words = 'identifier' if 'identifier' in by_class else 'content word'
+    symbols = by_class['operator, punctuation']
+    tenths, load = r['by_difficulty'], {name: sum(layer[0] for layer in layers) / len(layers) for name, layers in r['load'].items()}
+    seen = [(name, k) for name, k in sorted(by_class.items(), key=lambda item: -(item[1] or 0)) if k is not None]
+    verdict = lambda holds: 'holds here' if holds else 'does not hold here'
+    return '\n'.join([
+        f'- **How many.** Mean k {r["mean_k"]:.2f} of K = {r["K"]}; k = ' + ', '.join(f'{i} for {share:.0%}' for i, share in enumerate(r['histogram'], 1) if share >= 0.005)
+        + f' of the decisions; {r["above_k"]:.1%} use more than K (published: about 10% of tokens).',
+        f'- **Middle layers use more** {verdict(middle > max(layers[0], layers[-1]))}: mean k by layer '
+        + ', '.join(f'{k:.2f}' for k in layers) + f' (middle {middle:.2f}, first and last {ends:.2f}).',
+        f'- **Content words use more** {verdict(by_class[words] > symbols)}: ' + ', '.join(f'{name} {k:.2f}' for name, k in seen) + '.',
+        f'- **Harder tokens use more** {verdict(tenths[-1] > tenths[0] and tenths[-1] > sum(tenths) / 10)}: mean k by tenth of the loss under Top-K, easiest first, '
+        + ', '.join(f'{k:.2f}' for k in tenths) + '.',
+        f'- **Expert load.** The busiest expert of a layer takes {load["Top-K"]:.1%} of the rows under Top-K and {load["Ada-K"]:.1%} under Ada-K '
+        f'(even: {1 / len(r["load"]["Top-K"][0]):.1%}).'])
+
+
+def analysis_figure(path, r):
+    blue, grey = '#0072B2', '#999999'
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout='constrained')
+    (a, b, c), (d, e, f) = axes
+    a.bar(range(1, len(r['histogram']) + 1), r['histogram'], color=blue)
+    a.axvline(r['K'], color='black', linestyle=':', label='Top-K')
+    a.set(xlabel='k (experts)', ylabel='share of decisions', title='how many experts')
+    a.legend(fontsize=8)
+    b.plot(range(1, len(r['by_layer']) + 1), r['by_layer'], color=blue, marker='o')
+    b.set(xlabel='MoE layer', ylabel='mean k', title='by layer', xticks=range(1, len(r['by_layer']) + 1))
+    seen = [(name, k, share) for name, k, share in zip(r['classes'], r['by_class'], r['class_share']) if k is not None]
+    c.barh([f'{name} ({share:.0%})' for name, _, share in seen][::-1], [k for _, k, _ in seen][::-1], color=blue)
+    c.axvline(r['mean_k'], color='black', linestyle='--', label='mean')
+    c.set(xlabel='mean k', title='by class of the token (share)', xlim=(0.9 * min(k for _, k, _ in seen), None))
+    c.legend(fontsize=8, loc='lower right')
+    d.plot(range(1, 11), r['by_difficulty'], color=blue, marker='o')
+    d.set(xlabel='tenth of the loss under Top-K (10: hardest)', ylabel='mean k', title='by difficulty', xticks=range(1, 11))
+    for name, color, line in (('Top-K', grey, '--'), ('Ada-K', blue, '-')):
+        mean = [sum(layer[i] for layer in r['load'][name]) / len(r['load'][name]) for i in range(len(r['load'][name][0]))]
+        e.plot(range(1, len(mean) + 1), mean, color=color, linestyle=line, label=name)
+    e.set(xlabel='expert, busiest first', ylabel='share of rows, mean over layers', title='expert load', ylim=(0, None))
+    e.legend(fontsize=8)
+    f.set_axis_off()
+    save_figure(fig, path)
 
 
 # ================================================================ text with a chosen policy
@@ -554,6 +1036,9 @@ def parse(argv):
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--ckpt', metavar='NAME_OR_FOLDER', help='the base model (default: RUN/base)')
     p.add_argument('--run', metavar='FOLDER', help='a finished run of train.py: its allocator.safetensors')
+    p.add_argument('--frontier', metavar='RUN', nargs='?', const='', help='every policy at every budget on the base of RUN or --ckpt')
+    p.add_argument('--ablations', metavar='RUN', nargs='?', const='', help='one change of the recipe at a time, few steps')
+    p.add_argument('--analysis', metavar='RUN', help='what the allocators of RUN learnt: figures and findings')
     p.add_argument('--prompt', help='continue this text instead of timing the model')
     p.add_argument('--quick', action='store_true', help='tiny sizes and few rounds, for tests')
     p.add_argument('--out', help='folder of bench.json and figures (default: the run folder, or out)')
@@ -564,7 +1049,8 @@ def parse(argv):
     p.add_argument('--device', default='cpu')
     p.add_argument('--show', action='store_true', help='print the text once more, each token coloured by its k')
     a = p.parse_args(argv)
-    if a.prompt is not None and not a.ckpt and not a.run:
+    a.run = a.frontier or a.ablations or a.analysis or a.run
+    if any(given is not None for given in (a.prompt, a.frontier, a.ablations)) and not a.ckpt and not a.run:
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     if a.tokens < 1 or not 0 <= a.temperature < float('inf'):
         raise InputError('--tokens must be 1 or more, --temperature 0 or more')
@@ -574,7 +1060,13 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
-    if a.prompt is not None:
+    if a.frontier is not None:
+        frontier(a)
+    elif a.ablations is not None:
+        ablations(a)
+    elif a.analysis:
+        analysis(a)
+    elif a.prompt is not None:
         generation(a)
     elif a.run or a.ckpt:
         bench_run(a)

@@ -137,7 +137,7 @@ class Config:
             'num_experts_per_tok': self.top_k, 'intermediate_size': self.expert_dim, 'hidden_act': 'silu',
             'tie_word_embeddings': self.tie, 'rope_theta': self.rope_theta, 'rms_norm_eps': self.norm_eps,
             'max_position_embeddings': self.max_len, 'sliding_window': None, 'bos_token_id': self.bos,
-            'eos_token_id': self.eos, 'torch_dtype': 'float32'}
+            'eos_token_id': self.eos}
 
 
 # ================================================================ the transformer, leaves first
@@ -288,8 +288,12 @@ class MoE(nn.Module):
             k_max, k = self.top_k, torch.full((len(x),), self.top_k, device=x.device)
         else:
             k_max, k = choose_k.k_max, choose_k(layer, x, probs)                                # (P,)
-        ids, weights = moe_dispatch.select(probs, k, k_max, self.norm_topk)                     # (P,k_max) both
-        y = moe_dispatch.moe(x, ids, weights, k, self.w_in, self.w_out)                         # (P,C)
+        select = getattr(choose_k, 'select', moe_dispatch.select)
+        ids, weights = select(probs, k, k_max, self.norm_topk)                                  # (P,k_max) both
+        w_in, w_out = self.w_in, self.w_out
+        if torch.is_autocast_enabled(x.device.type):           # grouped matmuls are not among what autocast knows
+            x, w_in, w_out = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, w_in, w_out))
+        y = moe_dispatch.moe(x, ids, weights, k, w_in, w_out)                                   # (P,C)
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
@@ -346,7 +350,8 @@ class Transformer(nn.Module):
         """tokens (B,T) int64 -> logits (B,T,V) in the model's dtype.
 
         choose_k(layer, x (P,C), probs (P,N)) -> k (P,) integer in 1..choose_k.k_max decides how many experts each token
-        runs in MoE layer 0..L-1; x is what the router reads, probs its fp32 softmax. None: the model's own K.
+        runs in MoE layer 0..L-1; x is what the router reads, probs its fp32 softmax. None: the model's own K. A policy with
+        a method `select` weighs the experts itself (allocator.py:SoftMixture).
         cache: a `Cache` or `StaticCache`; the tokens are taken to follow those it has seen.
         """
         return self.lm_head(self.hidden(tokens, choose_k, cache))
@@ -547,7 +552,8 @@ def save(model, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / 'model.safetensors', {n: t.detach() for n, t in hub_tensors(model).items()})
-    write_json(folder / 'config.json', model.config.to_hf())   # last: a folder with a config is complete
+    dtype = str(model.dtype).removeprefix('torch.')
+    write_json(folder / 'config.json', {**model.config.to_hf(), 'torch_dtype': dtype})     # last: a folder with a config is complete
 
 
 # short name: (the hub's id, size in GB)

@@ -88,6 +88,8 @@ def experts_split(rows, ends, w_in, w_out):
 
 def combine(expert, row, weights):
     """Gather, weigh and sum in one pass with an fp32 accumulator: expert (rows,C), row and weights (P,k_max) -> (P,C)."""
+    if weights.requires_grad and expert.is_cuda and expert.dtype == torch.bfloat16:      # torch 2.11 has no such gradient in embedding_bag
+        return torch.bmm(weights[:, None].to(expert.dtype), expert[row]).squeeze(1)
     return F.embedding_bag(row, expert, mode='sum', per_sample_weights=weights.to(expert.dtype))
 
 

@@ -23,6 +23,17 @@ def next_token_logp(logits, targets):
     return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none').view(targets.shape)
 
 
+def expected_logp(logits, logits_topk):
+    """The reward without its luck: log p(next token) in nats, expected under the model's own top-k prediction.
+
+    sum_v p_topk(v) log p(v), logits (..,V) and logits_topk broadcasting to them -> (..) fp32. Up to a number that no plan changes it is
+    -KL(p_topk || p): what the plan does to the whole prediction, not only to the one token that happened to come next. For a
+    calibrated model the mean is that of `next_token_logp`; the variance is far smaller.
+    """
+    logits, p = logits.float(), F.softmax(logits_topk.float(), -1)
+    return torch.linalg.vecdot(logits, p.expand_as(logits)) - logits.logsumexp(-1)
+
+
 def topk_advantage(logp, logp_topk, gamma=1.0, n_layers=1):
     """The published advantage (eq. 9): A_l = gamma^(L-l) (log p under the sampled k - log p under the model's own top-k).
 
@@ -33,13 +44,13 @@ def topk_advantage(logp, logp_topk, gamma=1.0, n_layers=1):
 
 
 def group_advantage(logp):
-    """Reward minus the mean reward of the other rollouts of the same token: (G,P) -> (G,P), G >= 2.
+    """Reward minus the mean reward of the other rollouts of the same token: (..,G,P) -> (..,G,P), G >= 2.
 
     A token's own difficulty, by far the largest part of the reward, cancels; the others' mean does not depend on this
     rollout's choices, so the gradient stays unbiased. Example: G = 2, rewards -1 and -3 -> advantages 2 and -2.
     """
-    G = len(logp)
-    return (logp - logp.mean(0)) * G / (G - 1)
+    G = logp.shape[-2]
+    return (logp - logp.mean(-2, keepdim=True)) * G / (G - 1)
 
 
 # ================================================================ PPO (eq. 7, 8) and the price of experts (eq. 10, 11)

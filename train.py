@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo
-from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, bisect, mass_labels)
+from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, SoftMixture, bisect, mass_labels)
 from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, hub_tensors,
                    load, read_json, save, write_json, write_whole)
 from moe_dispatch import flops
@@ -76,23 +76,31 @@ class Settings:
     base_batch: int = 16            # sequences
     muon_lr: float = 0.02           # for the matrices
     adam_lr: float = 3e-3           # for embedding, head, router, norms
+    bf16: bool = False              # matmuls in bfloat16 over fp32 weights, which are saved as bfloat16
     balance: float = 0.01           # weight of the load-balancing loss
     # allocators
     k_max: int = 0                  # A, actions 1..A; 0: 2K, at most N (--paper: N)
     extended: bool = True           # allocators see the router's sorted probabilities too
     x_scale: float = 2.0            # divides the extended inputs' x: the larger, the slower x is learnt from
+    sharpness: float = 2.0          # of the start, logits per unit of Skip's log ratio
     warm_steps: int = 200           # of P-Warm, --paper only
     warm_lr: float = 1e-3
-    ppo_steps: int = 600
+    start: str = 'skip'             # 'skip', 'p-warm', 'always-k', 'random': see new_allocators
+    ppo_steps: int = 300
     ppo_batch: int = 16             # sequences a rollout
+    reward: str = 'expected'        # log p of the next token, 'expected' under the Top-K prediction or 'sampled': the text's own
+    cost: str = 'loss'              # the price of experts as an exact expectation in the 'loss' (eq. 10) or in the 'reward'
     group: int = 4                  # G, rollouts of the same tokens; 1: the Top-K counterfactual as baseline
-    ppo_lr: float = 2e-2            # decays linearly to 0; constant with --paper
+    ppo_lr: float = 5e-2            # decays linearly to 0; constant with --paper
     epochs: int = 3                 # PPO epochs a rollout
     clip: float = 0.2
-    entropy: float = 3e-3           # bonus, nats of reward per nat of entropy
+    entropy: float = 5e-4           # bonus, nats of reward per nat of entropy
     price: float = 2e-3             # lambda at the start, nats per expert and layer
-    price_rate: float = 2e-4        # change of the price per step and unit of (mean k - target) / K
+    price_rate: float = 0.1         # relative change of the price per step and unit of (mean k - target) / K
     weight_decay: float = 0.0
+    soft_steps: int = 200           # of the comparison without RL, `bench.py --frontier`
+    soft_lr: float = 3e-2
+    decisive: float = 3e-4          # price of entropy there, nats: a mixture must become a choice
     # evaluation
     calibration_tokens: int = 32768
     heldout_tokens: int = 131072
@@ -100,11 +108,15 @@ class Settings:
 
 PRESETS = {
     'tiny': {},
+    # 0.45B parameters, 0.1B of them active, on the text of the whole Python installation; for one H100. Not run yet
+    'gpu': dict(device='cuda', bf16=True, data=sysconfig.get_paths()['stdlib'], n_vocab=4096, seq=512, n_layers=8, dim=1024, n_heads=16, n_kv_heads=4,
+                n_experts=64, top_k=8, expert_dim=256, base_steps=5000, base_batch=64, ppo_steps=1500, ppo_batch=64, heldout_tokens=1048576,
+                calibration_tokens=131072),
     'smoke': dict(n_vocab=320, seq=64, documents=60, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, n_experts=8, expert_dim=16,
-                  base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=2048, heldout_tokens=4096),
+                  base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, soft_steps=12, calibration_tokens=2048, heldout_tokens=4096),
 }
 # the published settings; clip and mini-batching are not published, so ours stay
-PAPER = dict(extended=False, group=1, ppo_lr=1e-3, epochs=2, entropy=0.0, lam=3e-3, weight_decay=0.1)
+PAPER = dict(extended=False, start='p-warm', reward='sampled', group=1, ppo_lr=1e-3, epochs=2, entropy=0.0, lam=3e-3, weight_decay=0.1)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -122,7 +134,7 @@ def parse(argv):
     p.add_argument('--ckpt', metavar='NAME_OR_FOLDER', help='a base model in the hub\'s format: a folder, or one of '
                    f'{", ".join(CHECKPOINTS)} (default: learn one in OUT/base)')
     p.add_argument('--seq', type=int, help='tokens of a sequence; documents are packed (default 128)')
-    p.add_argument('--ppo-steps', type=int, help='PPO steps (default 600)')
+    p.add_argument('--ppo-steps', type=int, help='PPO steps (default 300)')
     p.add_argument('--ppo-batch', type=int, help='sequences of a rollout, before they are repeated (default 16)')
     p.add_argument('--data', metavar='FILE_OR_FOLDER', help='.txt, .jsonl and .py files (default: the standard library\'s sources)')
     p.add_argument('--budget', type=float, help='mean k as a share of K, in (0, 1] (default 0.75)')
@@ -262,7 +274,8 @@ def read_documents(source):
     root = Path(source or sysconfig.get_paths()['stdlib'])
     if not root.exists():
         raise InputError(f'--data {source}: no such file or folder')
-    leave = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__'} if not source else set()
+    # pydoc_data is one generated page, as long as all other files of a split together
+    leave = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__', 'pydoc_data'} if not source else set()
     kinds = ('.txt', '.jsonl', '.py') if source else ('.py',)
     paths = [root] if root.is_file() else sorted(
         p for p in root.rglob('*') if p.suffix in kinds and p.is_file() and not leave & set(p.relative_to(root).parts))
@@ -433,7 +446,9 @@ def learn_base(s, config, text):
     for step in range(1, s.base_steps + 1):
         inputs, targets = (z.to(s.device) for z in next(batches))
         balance = Balance(s.top_k)
-        loss = F.cross_entropy(model(inputs, balance).flatten(0, 1), targets.flatten())
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
+            logits = model(inputs, balance)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         (loss + s.balance * balance.loss()).backward()
         scale = min(step / 10, (s.base_steps - step + 1) / (0.5 * s.base_steps), 1)    # warm up, hold, linear to 0
         muon.step(scale)
@@ -452,7 +467,7 @@ def base_recipe(s, documents):
         digest.update(f'{name}\0{documents[name]}\0'.encode())
     return {'text': digest.hexdigest(), **{name: getattr(s, name) for name in (
         'n_vocab', 'seq', 'n_layers', 'dim', 'n_heads', 'n_kv_heads', 'n_experts', 'top_k', 'expert_dim', 'base_steps',
-        'base_batch', 'muon_lr', 'adam_lr', 'balance')}}
+        'base_batch', 'muon_lr', 'adam_lr', 'balance', 'bf16')}}
 
 
 def base_model(s, out):
@@ -471,7 +486,8 @@ def base_model(s, out):
         start, new = time.time(), out / 'base.new'             # complete, it takes the place of base/
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        merges = learn_bpe(parts[0], s.n_vocab - 1)
+        every = 1 + sum(map(len, parts[0])) // 2 ** 24         # 16M characters are enough to learn merges from
+        merges = learn_bpe(parts[0][::every], s.n_vocab - 1)
         n_vocab = 256 + len(merges) + 1
         config = Config(n_vocab=n_vocab, dim=s.dim, n_layers=s.n_layers, n_heads=s.n_heads, n_kv_heads=s.n_kv_heads,
                         head_dim=s.dim // s.n_heads, n_experts=s.n_experts, top_k=s.top_k, expert_dim=s.expert_dim,
@@ -482,11 +498,11 @@ def base_model(s, out):
               f'{n_vocab} tokens learnt in {time.time() - start:.0f} s', flush=True)
         tokenizer = Tokenizer(new)
         texts = splits(tokenizer)
-        save(learn_base(s, config, texts[0]), new)
+        save(learn_base(s, config, texts[0]).to(torch.bfloat16 if s.bf16 else torch.float32), new)
         write_json(new / 'recipe.json', recipe)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-        return load(folder, device=s.device), tokenizer, texts
+        return load_model(folder, s.device), tokenizer, texts
     tokenizer = Tokenizer(folder)
     texts = splits(tokenizer)
     model = load_model(folder, s.device)
@@ -603,31 +619,53 @@ def look(s, model, inputs):
 
 
 def new_allocators(s, model, text):
-    """Allocators as PPO starts with them: after the published warm start, or near the budget."""
+    """Allocators as PPO starts with them.
+
+    'skip' imitates expert skipping at the budget, exactly; 'p-warm' a Top-P rule at K, by supervised learning (eq. 12, 13);
+    'always-k' is K for every token with some exploration; 'random' knows nothing: every k alike.
+    """
     c = model.config
     allocators = Allocators(c, c.n_experts if s.paper else s.k_max or min(2 * c.top_k, c.n_experts), s.extended).to(s.device)
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed))
-    if s.paper:
+    if s.extended:
+        standardise(s, model, allocators, next(batches)[0])
+    if s.start == 'skip':
+        start_at_skip(s, model, allocators, next(batches)[0])
+    elif s.start == 'p-warm':
         p_warm(s, model, allocators, batches)
-    else:
-        start_near(s, model, allocators, next(batches)[0])
+    elif s.start == 'always-k':
+        allocators.bias.data.copy_(-2.0 * (torch.arange(1, allocators.k_max + 1) - c.top_k).abs())
     return allocators
 
 
 @torch.no_grad()
-def start_near(s, model, allocators, inputs):
-    """The default start: every token the same distribution, a bell around the budget, and standardised inputs.
+def standardise(s, model, allocators, inputs):
+    """Mean and standard deviation of the allocators' inputs on a first batch.
 
-    PPO then starts from the static k nearest the budget, which costs less than what a linear map can imitate of a rule, and tries
-    the neighbouring k most. subtle: Adam moves every weight by about the same step, so C unit channels of x would move a
-    logit sqrt(C) times as far as one input and drown the few router probabilities in noise; as a whole x gets unit variance.
+    subtle: Adam moves every weight by about the same step, so C unit channels of x would move a logit sqrt(C) times as far
+    as one input and drown the few router probabilities in noise; as a whole x gets variance 1 / x_scale^2.
     """
     z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(look(s, model, inputs))])
     allocators.mean.copy_(z.mean(1))                                            # z (L,P,n_in)
     allocators.std.copy_(z.std(1) + 1e-3)
     allocators.std[:, :model.config.dim] *= s.x_scale * model.config.dim ** 0.5
-    center = model.config.top_k * (s.budget if s.lam is None else 1)
-    allocators.bias.copy_(-(torch.arange(1, allocators.k_max + 1) - center) ** 2)
+
+
+@torch.no_grad()
+def start_at_skip(s, model, allocators, inputs):
+    """The default start: weights that are expert skipping (`Skip`) at the budget, the best rule that needs no training.
+
+    Skip is linear in its log ratios r_k: the scores sharpness * sum_{i<k} (r_i - log beta) are largest at the least k with
+    r_k <= log beta. More than K experts start as unlikely.
+    """
+    c = model.config
+    probs = torch.cat([probs for _, probs in look(s, model, inputs)])                                       # (L*P,N)
+    target = c.top_k * (s.budget if s.lam is None else 0.9)
+    beta = bisect(lambda beta: Skip(beta, c.top_k)(0, None, probs).float().mean().item(), target, 4, 0)
+    k, ratio = torch.arange(1, allocators.k_max + 1, device=probs.device), slice(allocators.mean.shape[1] - (c.top_k - 1), None)
+    passed = (k[:c.top_k - 1] < k[:, None]).float() * s.sharpness                                           # (A,K-1): is i < k?
+    allocators.weight[:, :, ratio] = passed * allocators.std[:, None, ratio]
+    allocators.bias.copy_((allocators.mean[:, ratio] - math.log(beta + 1e-6)) @ passed.T - s.sharpness * (k - c.top_k).clamp_min(0))
 
 
 def p_warm(s, model, allocators, batches):
@@ -652,6 +690,24 @@ def p_warm(s, model, allocators, batches):
         progress(step, step * inputs.numel(), loss=loss.item())
 
 
+def rollout_reward(s, model, inputs, targets, rollout):
+    """(reward (G,P), reward under Top-K (P,)) in nats: G passes over inputs (B,T) with sampled k, as one batch, and one with the model's own.
+
+    P = B*T. The head runs on a few sequences at a time, to keep the logits below 1 GB.
+    """
+    (B, T), G = inputs.shape, s.group
+    hidden_topk = model.hidden(inputs)                                          # (B,T,C)
+    hidden = model.hidden(inputs.repeat(G, 1), rollout).view(G, B, T, -1)       # (G,B,T,C)
+    few = max(1, 2 ** 28 // (model.config.n_vocab * T * (G + 1)))
+    rewards = []
+    for h, h_topk, y in zip(hidden.split(few, 1), hidden_topk.split(few), targets.split(few)):
+        logits = model.lm_head(torch.cat([h, h_topk[None]]))                    # (G+1,few,T,V)
+        rewards.append(ppo.expected_logp(logits, logits[G]) if s.reward == 'expected' else
+                       torch.stack([ppo.next_token_logp(rollout_logits, y) for rollout_logits in logits]))
+    reward = torch.cat(rewards, 1).flatten(1)                                   # (G+1,P)
+    return reward[:G], reward[G]
+
+
 def train_ppo(s, model, allocators, text, calibration, log):
     """PPO (eq. 4-11). Appends one dict per step to `log`; changes `allocators` in place."""
     c = model.config
@@ -667,22 +723,23 @@ def train_ppo(s, model, allocators, text, calibration, log):
     for step in range(1, s.ppo_steps + 1):
         inputs, targets = (z.to(s.device) for z in next(batches))               # (B,T) both
 
-        # rollout: G passes over the same tokens with sampled k, as one batch
+        # rollout: G passes over the same tokens
         rollout = Rollout(allocators, generator)
         with torch.no_grad():
-            reward = token_logp(model, inputs.repeat(s.group, 1), targets.repeat(s.group, 1), rollout)                # (G*B,T)
-            if s.group > 1:
-                adv = ppo.group_advantage(reward.view(s.group, -1)).view(1, -1)                             # (1,G*P)
-            else:
-                adv = ppo.topk_advantage(reward.flatten(), token_logp(model, inputs, targets, None).flatten())      # (1,P)
-        z, k, logp_old = rollout.stacked()
+            reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)                        # (G,P), (P,)
+        z, k, logp_old = rollout.stacked()                                      # (L,G*P,n_in), (L,G*P), (L,G*P)
+        if s.cost == 'reward':                                                  # one reward per layer then
+            reward = reward - price * k.view(-1, s.group, len(reward_topk))                                 # (L,G,P)
+            reward_topk = reward_topk - price * c.top_k
+        adv = ppo.group_advantage(reward) if s.group > 1 else ppo.topk_advantage(reward, reward_topk)       # (..,G,P)
+        adv = adv.reshape(-1, k.shape[1])                                                                   # (1 or L,G*P)
 
         # update: the language model is not run again
         if not s.paper:
             optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
         for _ in range(s.epochs):
             logits = allocators.logits(slice(None), z)                                                      # (L,G*P,A)
-            loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price, s.clip, s.entropy)
+            loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price if s.cost == 'loss' else 0, s.clip, s.entropy)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -690,7 +747,7 @@ def train_ppo(s, model, allocators, text, calibration, log):
         # price: up while the argmax policy runs too many experts, down while too few
         argmax_k = (1 + logits.argmax(-1)).float().mean().item()
         if s.lam is None:
-            price = max(0.0, price + s.price_rate * (argmax_k - target) / c.top_k)
+            price *= math.exp(s.price_rate * (argmax_k - target) / c.top_k)
         probed = {}
         if step % 20 == 0 or step == s.ppo_steps:
             nats, tally = evaluate(model, probe, AdaK(allocators))
@@ -699,7 +756,33 @@ def train_ppo(s, model, allocators, text, calibration, log):
                     'price': price, **stats, **probed})
         if not math.isfinite(stats['loss']):
             raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}; is there a NaN in the base model?')
-        progress(step, step * reward.numel(), loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
+        progress(step, step * s.group * inputs.numel(), loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
+
+
+def train_soft(s, model, allocators, text):
+    """The comparison without RL: the same allocators, start, objective and price, learnt through `SoftMixture`."""
+    c = model.config
+    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
+    optimizer = torch.optim.AdamW(allocators.parameters(), s.soft_lr)
+    price, L, progress = s.price, len(c.moe_layers), Progress('soft mixture', s.soft_steps)
+    for step in range(1, s.soft_steps + 1):
+        inputs, targets = (z.to(s.device) for z in next(batches))
+        with torch.no_grad():
+            logits_topk = model(inputs)
+        mixture = SoftMixture(allocators)
+        logits = model(inputs, mixture)
+        reward = ppo.expected_logp(logits, logits_topk) if s.reward == 'expected' else ppo.next_token_logp(logits, targets)
+        pi = mixture.pi                                                                                     # (L,P,A)
+        mean_k = (pi @ torch.arange(1.0, allocators.k_max + 1, device=pi.device)).mean()
+        entropy = torch.special.entr(pi).sum(-1).mean()
+        loss = -reward.mean() + L * (price * mean_k + s.decisive * min(1, 2 * step / s.soft_steps) * entropy)
+        optimizer.param_groups[0]['lr'] = s.soft_lr * (1 - (step - 1) / s.soft_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        argmax_k = (1 + pi.argmax(-1)).float().mean().item()
+        price *= math.exp(s.price_rate * (argmax_k - s.budget * c.top_k) / c.top_k)
+        progress(step, step * inputs.numel(), loss=loss.item(), argmax_k=argmax_k, price=price)
 
 
 # ================================================================ what a run writes

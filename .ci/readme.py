@@ -1,7 +1,7 @@
 """Fill the README's tables from the committed results: python .ci/readme.py (--check only compares).
 
-A block between <!-- table FILE --> and <!-- end --> is the table of that results.json, as train.py prints it, or of a list of
-what was tried; between <!-- text FILE --> and <!-- end --> stands the file itself.
+A block between <!-- KIND FILE --> and <!-- end --> is made from that file: `table` the rows as train.py prints them, `frontier`, `ablations`,
+`analysis` and `bench` what bench.py prints, `tried` a list of trials, `text` the file itself.
 """
 import json
 import re
@@ -16,18 +16,14 @@ readme = root / 'README.md'
 old = readme.read_text()
 
 
-def tried(results):
-    lines = ['| what | start | after PPO | mean k |', '|---|---|---|---|']
-    for r in results['rows']:
-        start = f'{r["start"]:+.4f}' if 'start' in r else ''
-        lines.append(f'| {r["what"]} | {start} | {r["delta"]:+.4f} ± {r["delta_se"]:.4f} | {r["mean_k"]:.3f} |')
-    return '\n'.join(lines)
+def tried(match):
+    r = json.loads((root / match[1]).read_text())
+    lines = '\n'.join(f'| {row["what"]} | {1000 * row["difference"]:+.1f} ± {1000 * row["se"]:.1f} |' for row in r['rows'])
+    return f'<!-- tried {match[1]} -->\n| what | minus expert skipping (10⁻³ nats/token) |\n|---|---|\n{lines}\n\n({r["note"]})\n<!-- end -->'
 
 
 def fill(match):
     results = json.loads((root / match[1]).read_text())
-    if 'note' in results:
-        return f'<!-- table {match[1]} -->\n{tried(results)}\n\n({results["note"]})\n<!-- end -->'
     stages = ', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in results['seconds'].items())
     note = (f'Base model {results["bits_per_byte"]:.3f} bits per byte on held-out text; {results["allocator_params"]:,} allocator weights; '
             f'seed {results["seed"]}; {stages}; peak memory {results["peak_gb"]:.1f} GB.')
@@ -51,7 +47,25 @@ def benched(match):
             f'<details><summary>Every path in milliseconds</summary>\n\n{milliseconds(r["dispatch"])}\n\n</details>\n<!-- end -->')
 
 
+def studied(match):
+    """What bench.py prints for the results of --frontier, --ablations and --analysis."""
+    import bench
+    kind, name = match.groups()
+    r = json.loads((root / name).read_text())
+    if kind == 'frontier':
+        shown = bench.frontier_table(r['rows']) + (
+            f'\n\n{r["tokens"]:,} held-out tokens of {r["documents"]} files, {r["threads"]} CPU cores, torch {r["torch"]}, {r["seconds"] / 60:.0f} minutes '
+            f'in all; ± is one standard error: tokens clustered by file, and the spread over seeds.')
+    elif kind == 'ablations':
+        shown = bench.ablation_table(r) + f'\n\n{r["steps"]} PPO steps each, seed 0, {r["seconds"] / 60:.0f} minutes.'
+    else:
+        shown = bench.findings(r)
+    return f'<!-- {kind} {name} -->\n{shown}\n<!-- end -->'
+
+
 new = re.sub(r'<!-- bench (\S+) -->.*?<!-- end -->', benched, old, flags=re.DOTALL)
+new = re.sub(r'<!-- (frontier|ablations|analysis) (\S+) -->.*?<!-- end -->', studied, new, flags=re.DOTALL)
+new = re.sub(r'<!-- tried (\S+) -->.*?<!-- end -->', tried, new, flags=re.DOTALL)
 new = re.sub(r'<!-- text (\S+) -->.*?<!-- end -->', quote, new, flags=re.DOTALL)
 new = re.sub(r'<!-- table (\S+) -->.*?<!-- end -->', fill, new, flags=re.DOTALL)
 if '--check' in sys.argv:

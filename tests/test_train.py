@@ -11,7 +11,7 @@ import torch
 
 import train
 from allocator import Allocators
-from conftest import python_train, random_model
+from conftest import python_train, random_model, tiny_config
 from model import Config, Tokenizer, hub_tensors, load, write_json, write_safetensors
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -211,7 +211,7 @@ def test_the_whole_pipeline_on_a_loaded_checkpoint(name, tmp_path):
     L = len(Config.from_hf(hf).moe_layers)
     assert all(len(row['mean_k_by_layer']) == L and np.isfinite(row['loss']) for row in rows.values())
     assert rows['top-k']['mean_k'] == 4 and rows['ada-k']['mean_k'] < 3.4
-    assert Allocators.load(tmp_path / 'out/allocator.safetensors', Config.from_hf(hf)).weight.shape == (L, 8, 32 + 8)
+    assert Allocators.load(tmp_path / 'out/allocator.safetensors', Config.from_hf(hf)).weight.shape == (L, 8, 32 + 8 + 3)
 
 
 def test_jsonl_rows_become_documents(tmp_path):
@@ -225,3 +225,17 @@ def test_jsonl_rows_become_documents(tmp_path):
 def test_wrong_jsonl_is_refused_by_line(line, capsys, tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "fine"}\n' + line)
     assert 'a.jsonl:2' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'o', '--data', tmp_path)
+
+
+def test_base_learnt_in_bf16_is_nearly_that_in_fp32():
+    config = tiny_config(n_layers=2)
+    tokens = torch.randint(50, (40,)).repeat(100)              # a text that repeats can be learnt
+    text = train.Text(tokens, np.zeros(len(tokens), int))
+    losses = []
+    for bf16 in (False, True):
+        s = train.Settings(base_steps=12, seq=32, base_batch=8, bf16=bf16, top_k=3)
+        model = train.learn_base(s, config, text)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        losses.append(train.evaluate(model, text.windows(32, 640), train.TopK(3))[0].mean().item())
+    start = train.evaluate(train.new_model(config, 0), text.windows(32, 640), train.TopK(3))[0].mean().item()
+    assert abs(losses[0] - losses[1]) < .05 * (start - losses[0]) and losses[0] < start - .3
