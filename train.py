@@ -24,6 +24,7 @@ import math
 import re
 import resource
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 import ppo
 from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, SoftMixture, bisect, mass_labels)
 from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, hub_tensors,
-                   load, read_json, save, write_json, write_whole)
+                   load, read_json, read_safetensors, save, write_json, write_safetensors, write_whole)
 from moe_dispatch import flops
 
 matplotlib.use('Agg')           # figures go to files, a screen is not needed
@@ -60,6 +61,8 @@ class Settings:
     seed: int = 0                   # of everything after the base model
     device: str = 'cpu'
     fresh: bool = False             # learn the base model again
+    resume: bool = False            # go on from OUT/state.safetensors
+    save_every: int = 50            # PPO steps between two saved states
     # text
     n_vocab: int = 1024             # tokens of the byte-level BPE
     seq: int = 128                  # T
@@ -143,6 +146,8 @@ def parse(argv):
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
     p.add_argument('--device', help='cpu, cuda, cuda:1, .. (default cpu)')
     p.add_argument('--fresh', action='store_true', help='learn the base model again')
+    p.add_argument('--resume', action='store_true', help='go on with an interrupted PPO where its last saved state left it')
+    p.add_argument('--save-every', type=int, help='PPO steps between two saved states (default 50)')
     given = vars(p.parse_args(argv))
     if {'budget', 'lam'} <= set(given):
         raise InputError('--budget and --lam: give one, not both')
@@ -152,6 +157,8 @@ def parse(argv):
     s = Settings(**{**PRESETS[given.get('preset', 'tiny')], **paper, **given})
     if not 0 <= s.seed < 2 ** 63:
         raise InputError(f'--seed {s.seed}: must be 0 or more and below 2^63')
+    if s.resume and s.fresh:
+        raise InputError('--fresh learns a new base model, --resume goes on with the old one: give one of them')
     if s.ckpt and s.fresh:
         raise InputError('--fresh learns a base model, --ckpt brings one: give one of them')
     if not 0 < s.budget <= 1:
@@ -160,7 +167,7 @@ def parse(argv):
         check_budget(s, s.top_k)
     if s.lam is not None and not (0 <= s.lam < math.inf):
         raise InputError(f'--lam {s.lam}: must be a number of nats, 0 or more')
-    for flag in ('seq', 'ppo_steps', 'ppo_batch'):
+    for flag in ('seq', 'ppo_steps', 'ppo_batch', 'save_every'):
         if getattr(s, flag) < 1:
             raise InputError(f'--{flag.replace("_", "-")} {getattr(s, flag)}: must be 1 or more')
     open_device(s.device)
@@ -208,8 +215,8 @@ def check_budget(s, top_k):
 class Progress:
     """One updating line on stderr if that is a terminal, else a plain line every ten seconds: step, numbers, speed, time left."""
 
-    def __init__(self, stage, steps):
-        self.stage, self.steps, self.start, self.shown = stage, steps, time.time(), 0.0
+    def __init__(self, stage, steps, done=0):
+        self.stage, self.steps, self.done, self.start, self.shown = stage, steps, done, time.time(), 0.0
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, step, tokens, **numbers):
@@ -218,8 +225,9 @@ class Progress:
             return
         self.shown, spent = now, now - self.start
         text = '  '.join(f'{name} {value:.4g}' for name, value in numbers.items())
-        left = spent / step * (self.steps - step)
-        speed = f'  {tokens / spent:,.0f} tok/s' if tokens else ''
+        share = (step - self.done) / step                      # of these steps and tokens, in this process
+        left = spent / (step * share) * (self.steps - step)
+        speed = f'  {tokens * share / spent:,.0f} tok/s' if tokens else ''
         line = f'{self.stage} {step}/{self.steps}  {text}{speed}  {left // 60:.0f}:{left % 60:02.0f} left'
         if self.terminal:
             print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True, file=sys.stderr)
@@ -681,7 +689,7 @@ def p_warm(s, model, allocators, batches):
         inputs, _ = next(batches)
         seen = look(s, model, inputs)
         z = torch.stack([allocators.inputs(layer, x, probs) for layer, (x, probs) in enumerate(seen)])      # (L,P,n_in)
-        labels = torch.stack([mass_labels(probs, p) for _, probs in seen])                                  # (L,P)
+        labels = torch.stack([mass_labels(probs, p).clamp_max(allocators.k_max) for _, probs in seen])      # (L,P)
         loss = ppo.warm_loss(allocators.logits(slice(None), z), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -708,8 +716,66 @@ def rollout_reward(s, model, inputs, targets, rollout):
     return reward[:G], reward[G]
 
 
-def train_ppo(s, model, allocators, text, calibration, log):
-    """PPO (eq. 4-11). Appends one dict per step to `log`; changes `allocators` in place."""
+class Interrupt:
+    """Within `with`: the first Ctrl-C or SIGTERM sets `asked`, so that the step in progress can end; a second one stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# what may differ between an interrupted run and the one that resumes it
+NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens'
+
+
+def save_state(path, s, facts, allocators, optimizer, generator, log):
+    """All that PPO needs to go on to the same bits: weights, Adam's averages, random state, price, log. Written whole or not at all."""
+    tensors = {f'allocators.{name}': t for name, t in allocators.state_dict().items()}
+    for i, averages in optimizer.state_dict()['state'].items():
+        tensors.update({f'adam.{i}.{name}': t for name, t in averages.items()})
+    settings = {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
+    write_safetensors(path, {**tensors, 'generator': generator.get_state()}, {'state': json.dumps({'settings': settings, 'log': log, **facts})})
+
+
+def load_state(path, s, facts, allocators, optimizer, generator):
+    """The log of the run that `save_state` wrote, everything else put back in place; InputError names a difference of settings or base."""
+    try:
+        tensors, metadata = read_safetensors(path)
+    except OSError as e:
+        raise InputError(f'--resume: {path}: {e.strerror}; start without --resume') from None
+    state = json.loads(metadata['state'])
+    for name, old in state['settings'].items():
+        if old != getattr(s, name, None):
+            raise InputError(f'--resume: {path} is of a run with {name} {old}, this one has {getattr(s, name, None)}')
+    for name, new in facts.items():
+        if not math.isclose(state[name], new, rel_tol=1e-3):
+            raise InputError(f'--resume: {path} is of another base model or text: {name} was {state[name]}, now it is {new}')
+    part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    allocators.load_state_dict(part('allocators.'))
+    averages = {}
+    for name, t in part('adam.').items():
+        i, name = name.split('.', 1)
+        averages.setdefault(int(i), {})[name] = t.clone()
+    optimizer.load_state_dict({'state': averages, 'param_groups': optimizer.state_dict()['param_groups']})
+    generator.set_state(tensors['generator'].clone())
+    return state['log']
+
+
+def train_ppo(s, model, allocators, text, calibration, log, state=None):
+    """PPO (eq. 4-11). Appends one dict per step to `log`; changes `allocators` in place.
+
+    `state`: a file that holds the run's state after every s.save_every steps and on an interrupt, and that --resume starts from.
+    """
     c = model.config
     target = s.budget * c.top_k
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
@@ -718,45 +784,57 @@ def train_ppo(s, model, allocators, text, calibration, log):
     price = s.price if s.lam is None else s.lam
     probe = calibration.windows(s.seq, s.calibration_tokens // 4)
     probe_topk, _ = evaluate(model, probe, TopK(c.top_k))
-    progress = Progress('ppo', s.ppo_steps)
-    numbers = {}
-    for step in range(1, s.ppo_steps + 1):
-        inputs, targets = (z.to(s.device) for z in next(batches))               # (B,T) both
+    facts = {'base_loss': probe_topk.mean().item()}            # tells another base model or text by its numbers
+    if s.resume:
+        log += load_state(state, s, facts, allocators, optimizer, generator)
+        price = log[-1]['price']
+        for _ in log:                                          # these batches are done
+            next(batches)
+        print(f'resumed after step {len(log)} of {s.ppo_steps}')
+    progress, numbers = Progress('ppo', s.ppo_steps, done=len(log)), {}
+    with Interrupt() as interrupt:
+        for step in range(len(log) + 1, s.ppo_steps + 1):
+            inputs, targets = (z.to(s.device) for z in next(batches))           # (B,T) both
 
-        # rollout: G passes over the same tokens
-        rollout = Rollout(allocators, generator)
-        with torch.no_grad():
-            reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)                        # (G,P), (P,)
-        z, k, logp_old = rollout.stacked()                                      # (L,G*P,n_in), (L,G*P), (L,G*P)
-        if s.cost == 'reward':                                                  # one reward per layer then
-            reward = reward - price * k.view(-1, s.group, len(reward_topk))                                 # (L,G,P)
-            reward_topk = reward_topk - price * c.top_k
-        adv = ppo.group_advantage(reward) if s.group > 1 else ppo.topk_advantage(reward, reward_topk)       # (..,G,P)
-        adv = adv.reshape(-1, k.shape[1])                                                                   # (1 or L,G*P)
+            # rollout: G passes over the same tokens
+            rollout = Rollout(allocators, generator)
+            with torch.no_grad():
+                reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)                    # (G,P), (P,)
+            z, k, logp_old = rollout.stacked()                                  # (L,G*P,n_in), (L,G*P), (L,G*P)
+            if s.cost == 'reward':                                              # one reward per layer then
+                reward = reward - price * k.view(-1, s.group, len(reward_topk))                             # (L,G,P)
+                reward_topk = reward_topk - price * c.top_k
+            adv = ppo.group_advantage(reward) if s.group > 1 else ppo.topk_advantage(reward, reward_topk)   # (..,G,P)
+            adv = adv.reshape(-1, k.shape[1])                                                               # (1 or L,G*P)
 
-        # update: the language model is not run again
-        if not s.paper:
-            optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
-        for _ in range(s.epochs):
-            logits = allocators.logits(slice(None), z)                                                      # (L,G*P,A)
-            loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price if s.cost == 'loss' else 0, s.clip, s.entropy)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            # update: the language model is not run again
+            if not s.paper:
+                optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
+            for _ in range(s.epochs):
+                logits = allocators.logits(slice(None), z)                                                  # (L,G*P,A)
+                loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price if s.cost == 'loss' else 0, s.clip, s.entropy)
+                if not math.isfinite(stats['loss']):
+                    raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}; is there a NaN in the base model?')
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
-        # price: up while the argmax policy runs too many experts, down while too few
-        argmax_k = (1 + logits.argmax(-1)).float().mean().item()
-        if s.lam is None:
-            price *= math.exp(s.price_rate * (argmax_k - target) / c.top_k)
-        probed = {}
-        if step % 20 == 0 or step == s.ppo_steps:
-            nats, tally = evaluate(model, probe, AdaK(allocators))
-            numbers = probed = {'delta': (nats - probe_topk).mean().item(), 'probe_k': tally.mean()}
-        log.append({'step': step, 'reward': reward.mean().item(), 'adv_std': adv.std().item(), 'argmax_k': argmax_k,
-                    'price': price, **stats, **probed})
-        if not math.isfinite(stats['loss']):
-            raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}; is there a NaN in the base model?')
-        progress(step, step * s.group * inputs.numel(), loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
+            # price: up while the argmax policy runs too many experts, down while too few
+            argmax_k = (1 + logits.argmax(-1)).float().mean().item()
+            if s.lam is None:
+                price *= math.exp(s.price_rate * (argmax_k - target) / c.top_k)
+            probed = {}
+            if step % 20 == 0 or step == s.ppo_steps:
+                nats, tally = evaluate(model, probe, AdaK(allocators))
+                numbers = probed = {'delta': (nats - probe_topk).mean().item(), 'probe_k': tally.mean()}
+            log.append({'step': step, 'reward': reward.mean().item(), 'adv_std': adv.std().item(), 'argmax_k': argmax_k,
+                        'price': price, **stats, **probed})
+            progress(step, step * s.group * inputs.numel(), loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
+
+            if state and (step % s.save_every == 0 or step == s.ppo_steps or interrupt.asked):
+                save_state(state, s, facts, allocators, optimizer, generator, log)
+            if interrupt.asked:
+                raise KeyboardInterrupt
 
 
 def train_soft(s, model, allocators, text):
@@ -860,13 +938,13 @@ def main(argv=None):
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
 
-    log = []
+    log, state = [], out / 'state.safetensors'
+    if state.exists() and not s.resume:
+        print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
     try:
-        train_ppo(s, model, allocators, text, calibration, log)
+        train_ppo(s, model, allocators, text, calibration, log, state)
     except KeyboardInterrupt:
-        allocators.save(out / 'allocator.safetensors')
-        write_log(out / 'log.csv', log)
-        print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps: {out / "allocator.safetensors"} holds the allocators so far')
+        print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; --resume goes on from {state}')
         sys.exit(130)
     lap('ppo')
 
@@ -885,16 +963,25 @@ def main(argv=None):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 # kB on Linux
     write_json(out / 'results.json', {'run': out.name, 'seed': s.seed, 'config': asdict(s), 'seconds': seconds, 'peak_gb': peak,
                                       'bits_per_byte': bpb, 'allocator_params': allocators.n_params(), 'rows': rows})
+    state.unlink()                                             # the run is complete
     figures(out, log, rows, c.top_k, s.budget * c.top_k if s.lam is None else None)
     print(f'{sum(seconds.values()):.0f} s, {peak:.1f} GB; wrote {", ".join(sorted(p.name for p in out.iterdir()))} in {out}')
 
 
-def command_line(argv=None):
+def one_line_errors(script, main, argv):
+    """main(argv); a wrong input or a failing disk ends in one line on stderr and exit status 2."""
     try:
         main(argv)
     except InputError as e:
-        print(f'train.py: {e}', file=sys.stderr)
+        print(f'{script}: {e}', file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        print(f'{script}: {e.filename or "writing"}: {e.strerror or e}; files that were complete before still are', file=sys.stderr)
+        sys.exit(2)
+
+
+def command_line(argv=None):
+    one_line_errors('train.py', main, argv)
 
 
 if __name__ == '__main__':

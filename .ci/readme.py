@@ -57,7 +57,7 @@ def studied(match):
             f'\n\n{r["tokens"]:,} held-out tokens of {r["documents"]} files, {r["threads"]} CPU cores, torch {r["torch"]}, {r["seconds"] / 60:.0f} minutes '
             f'in all; ± is one standard error: tokens clustered by file, and the spread over seeds.')
     elif kind == 'ablations':
-        shown = bench.ablation_table(r) + f'\n\n{r["steps"]} PPO steps each, seed 0, {r["seconds"] / 60:.0f} minutes.'
+        shown = bench.ablation_table(r) + f'\n\n{r["steps"]} PPO steps each, one seed: differences below one thousandth mean little.'
     else:
         shown = bench.findings(r)
     return f'<!-- {kind} {name} -->\n{shown}\n<!-- end -->'
