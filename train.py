@@ -944,7 +944,10 @@ def main(argv=None):
     try:
         train_ppo(s, model, allocators, text, calibration, log, state)
     except KeyboardInterrupt:
-        print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; --resume goes on from {state}')
+        allocators.save(out / 'allocator.safetensors')         # usable as they are
+        write_log(out / 'log.csv', log)
+        print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; {out / "allocator.safetensors"} holds the allocators so far, '
+              f'--resume goes on from {state}')
         sys.exit(130)
     lap('ppo')
 

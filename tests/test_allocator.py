@@ -87,7 +87,7 @@ def test_rollout_records_what_it_drew(trained):
     rollout = Rollout(trained, torch.Generator().manual_seed(0))
     drawn = [rollout(layer, x[:1].expand_as(x), probs) for layer in range(2)]
     z, k, logp = rollout.stacked()
-    assert torch.equal(k, torch.stack(drawn)) and z.shape == (2, 4000, 40)
+    assert torch.equal(k, torch.stack(drawn)) and z.shape == (2, 4000, 32 + 8 + 2)
     for layer in range(2):
         p = trained.logits(layer, z[layer, :1]).softmax(-1)[0]
         torch.testing.assert_close(torch.bincount(k[layer] - 1, minlength=5) / 4000, p, rtol=0, atol=.03)
