@@ -536,8 +536,6 @@ def open_study(a, name):
     """The Study of --run or --ckpt; its folder belongs to one base model, one text and one recipe, InputError names what differs."""
     s = run_settings(a.run) if a.run else Settings(ckpt=a.ckpt, **PRESETS['smoke' if a.quick else 'tiny'])
     s.device, s.ckpt, out = a.device, a.ckpt or s.ckpt, Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}'))
-    if not s.ckpt and not (out / 'base' / 'recipe.json').exists():
-        raise InputError(f'{out}: the run is not complete, its base model is missing; run train.py --out {out} again')
     model, tokenizer, texts = base_model(s, out)
     check_budget(replace(s, budget=min(BUDGETS), lam=None), model.config.top_k)
     study = Study(s, model, tokenizer, *texts, open_out(out / name))
@@ -549,7 +547,7 @@ def open_study(a, name):
         raise InputError(f'{study.folder} was measured with another {other[0]}: move it away to measure again')
     write_json(old, facts)
     # the run's own allocators are one of those wanted
-    if a.run and name == 'frontier' and run_settings(a.run).lam is None and not s.paper:
+    if a.run and name == 'frontier' and s.lam is None and not s.paper:
         mine = study.folder / f'ada-k-{s.budget}-seed{s.seed}.safetensors'
         if not mine.exists() and (Path(a.run) / 'allocator.safetensors').exists():
             Allocators.load(Path(a.run) / 'allocator.safetensors', model.config).save(mine)
@@ -871,8 +869,6 @@ def analysis(a):
     """Where the trained allocators spend experts on held-out text -> analysis.json, analysis.png and one line a finding."""
     study = open_study(a, 'analysis')
     s, c = study.s, study.model.config
-    if not a.run:
-        raise InputError('--analysis: give the trained run, --analysis RUN')
     policy = AdaK(Allocators.load(Path(a.run) / 'allocator.safetensors', c).to(s.device))
     loss, _ = evaluate(study.model, study.windows, topk := Loads(TopK(c.top_k), study.L, c.n_experts, s.device))
     evaluate(study.model, study.windows, ada := Loads(policy, study.L, c.n_experts, s.device))

@@ -176,13 +176,15 @@ def parse(argv):
 
 
 def run_settings(run):
-    """The Settings of a finished run; InputError if the folder holds none of this version."""
+    """The Settings of a finished run, whose base is there to be used; InputError if it is not, or of another version."""
     results = read_json(Path(run) / 'results.json')
     names = {field.name for field in fields(Settings)}
     if set(results.get('config', {})) != names:
         odd = sorted(names ^ set(results.get('config', {})))
         raise InputError(f'{run}/results.json: written by another version of train.py (setting {odd[0]}); train it again')
-    return Settings(**results['config'])
+    if not results['config']['ckpt'] and not (Path(run) / 'base' / 'recipe.json').exists():
+        raise InputError(f'{run}: the run is not complete, its base model is missing; run train.py --out {run} again')
+    return Settings(**{**results['config'], 'fresh': False, 'resume': False})   # how it was started is over
 
 
 def open_device(name):

@@ -236,13 +236,32 @@ def test_another_base_is_not_mixed_in(studied, tmp_path, capsys):
     assert exit.value.code == 2 and 'another base' in capsys.readouterr().err
 
 
-def test_an_incomplete_run_is_refused(studied, tmp_path, capsys):
+@pytest.mark.parametrize('flag', ['--frontier', '--run'])
+def test_an_incomplete_run_is_refused(flag, studied, tmp_path, capsys):
     run = tmp_path / 'run'
     shutil.copytree(studied, run)
     shutil.rmtree(run / 'base')
     with pytest.raises(SystemExit) as exit:
-        bench.command_line(['--frontier', str(run)])
+        bench.command_line([flag, str(run)])
     assert exit.value.code == 2 and 'not complete' in capsys.readouterr().err
+
+
+def test_a_run_that_was_fresh_or_resumed_is_only_read(studied, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(studied, run)
+    results = json.loads((run / 'results.json').read_text())
+    results['config'].update(fresh=True, resume=True)
+    (run / 'results.json').write_text(json.dumps(results))
+    s = train.run_settings(run)
+    assert not s.fresh and not s.resume
+    before = (run / 'base/model.safetensors').stat()
+    (run / 'frontier/ada-k-0.5-seed0.safetensors').unlink()    # one to train again
+    (run / 'frontier/ada-k-0.5-seed0.row').unlink()
+    bench.command_line(['--frontier', str(run), '--quick'])
+    after = (run / 'base/model.safetensors').stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    rows = [json.loads((folder / 'frontier/frontier.json').read_text())['rows'] for folder in (studied, run)]
+    assert rows[0] == rows[1]                                  # trained again to the same bits
 
 
 def test_ablations_change_one_thing_each(studied):
