@@ -196,27 +196,33 @@ class AdaK:
         return 1 + logits.argmax(-1)
 
 
-class Rollout:
-    """Samples k from the allocators and keeps what PPO needs. One object per forward pass.
+def sample_k(logp, noise):
+    """k (P,) drawn from logp (P,A) by noise (P,) uniform in [0,1): the least k whose cumulative probability exceeds it."""
+    return 1 + (logp.exp().cumsum(-1)[:, :-1] <= noise[:, None]).sum(-1)                         # A takes what rounding leaves
 
-    After the pass: z (L,P,n_in), k (L,P), logp (L,P), the log-probability of each k under the policy that drew it.
+
+class Rollout:
+    """Samples k from the allocators and keeps what PPO needs. One object per rollout of P tokens, in one forward pass or several.
+
+    noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens are cut into passes.
+    After the passes: z (L,P,n_in), k (L,P), logp (L,P), the log-probability of each k under the policy that drew it.
     """
 
-    def __init__(self, allocators, generator):
-        self.allocators, self.generator, self.k_max = allocators, generator, allocators.k_max
-        self.steps = []
+    def __init__(self, allocators, noise):
+        self.allocators, self.noise, self.k_max = allocators, noise, allocators.k_max
+        self.seen = [0] * len(noise)                           # tokens of each layer so far
+        self.z = noise.new_empty(*noise.shape, allocators.mean.shape[1])
+        self.k, self.logp = torch.empty_like(noise, dtype=torch.long), torch.empty_like(noise)
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
+        here = slice(self.seen[layer], self.seen[layer] + len(x))
+        self.seen[layer] = here.stop
         z = self.allocators.inputs(layer, x, probs)
         logp = F.log_softmax(self.allocators.logits(layer, z), -1)                               # (P,k_max)
-        action = torch.multinomial(logp.exp(), 1, generator=self.generator)                      # (P,1)
-        self.steps.append((z, 1 + action.squeeze(1), logp.gather(1, action).squeeze(1)))
-        return self.steps[-1][1]
-
-    def stacked(self):
-        """z (L,P,n_in), k (L,P), logp (L,P)."""
-        return (torch.stack(part) for part in zip(*self.steps))
+        k = sample_k(logp, self.noise[layer, here])                                              # (P,)
+        self.z[layer, here], self.k[layer, here], self.logp[layer, here] = z, k, logp.gather(1, k[:, None] - 1).squeeze(1)
+        return k
 
 
 class SoftMixture:

@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import moe_dispatch
-from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, RandomMix, Rollout, Skip, TopK, TopP, bisect
+from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, RandomMix, Skip, TopK, TopP, bisect, sample_k
 from model import (Config, InputError, Tokenizer, Transformer, find_checkpoint, generate, generate_steps, read_config, read_json,
                    read_safetensors, write_json, write_safetensors)
 from moe_dispatch import flops
@@ -730,6 +730,15 @@ def some_layers(share):
     return prepare
 
 
+class Sampled(AdaK):
+    """k drawn from the allocators as in training, instead of the most probable."""
+
+    @torch.no_grad()
+    def __call__(self, layer, x, probs):
+        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs))
+        return sample_k(F.log_softmax(logits, -1), torch.rand(len(x), device=x.device))
+
+
 def ablations(a):
     """One change of the recipe at a time, few PPO steps, one seed -> ablations.json and the table."""
     start, study = time.time(), open_study(a, 'ablations')
@@ -756,8 +765,7 @@ def ablations(a):
         allocators = study.allocators(what, BUDGETS[1], s.seed, ppo_steps=steps, **changes)
         add(what, allocators, dial(allocators))
         if what == 'default':
-            sampled = lambda: Rollout(allocators, torch.Generator(s.device).manual_seed(s.seed))
-            add('sampled k at evaluation, no dial', allocators, sampled)
+            add('sampled k at evaluation, no dial', allocators, lambda: Sampled(allocators))
     for share in (1, 1 / 2, 1 / 4, 1 / 8):
         if study.L * share >= 1:
             what = f'price 2e-3, allocators in {"all" if share == 1 else f"1/{round(1 / share)} of the"} layers'

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,6 +320,7 @@ class Layer(nn.Module):
 
 class Transformer(nn.Module):
     """The language model. `choose_k` is the seam: see `forward`."""
+    tokens_per_visit = 1            # how many tokens `hidden_of` should be given at least, where there are so many
 
     def __init__(self, config):
         super().__init__()
@@ -331,20 +333,32 @@ class Transformer(nn.Module):
         if config.tie:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def hidden(self, tokens, choose_k=None, cache=None):
-        """tokens (B,T) int64 -> the last hidden states (B,T,C), what the head reads. Arguments as in `forward`."""
-        T = tokens.shape[1]
-        x = self.embed_tokens(tokens)                                                           # (B,T,C)
-        positions = torch.arange(T, device=x.device) if cache is None else cache.positions(T)   # (T,)
-        rope = rope_table(self.config, positions, x.dtype)
+    def visit(self):
+        """The layers in order."""
+        return iter(self.layers)
+
+    def hidden_of(self, passes, cache=None):
+        """[(tokens (B,T) int64, choose_k), ..], one T -> the last hidden states (B,T,C) of each, what the head reads.
+
+        All passes go through a layer before any goes on to the next, so that they share what bringing its weights costs.
+        """
+        T = passes[0][0].shape[1]
+        xs = [self.embed_tokens(tokens) for tokens, _ in passes]                                # (B,T,C) each
+        positions = torch.arange(T, device=self.device) if cache is None else cache.positions(T)    # (T,)
+        rope = rope_table(self.config, positions, xs[0].dtype)
         mask = None if cache is None else cache.mask(T)
         moe_layer = 0
-        for layer in self.layers:
-            x = layer(x, rope, mask, cache, moe_layer, choose_k)
+        for layer in self.visit():
+            for i, (_, choose_k) in enumerate(passes):
+                xs[i] = layer(xs[i], rope, mask, cache, moe_layer, choose_k)
             moe_layer += not layer.dense
         if cache is not None:
             cache.advance(T)
-        return self.norm(x)
+        return [self.norm(x) for x in xs]
+
+    def hidden(self, tokens, choose_k=None, cache=None):
+        """The last hidden states (B,T,C) of one pass. Arguments as in `forward`."""
+        return self.hidden_of([(tokens, choose_k)], cache)[0]
 
     def forward(self, tokens, choose_k=None, cache=None):
         """tokens (B,T) int64 -> logits (B,T,V) in the model's dtype.
@@ -365,6 +379,123 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
 
+# ---------------------------------------------------------------- a model whose weights are elsewhere
+
+class Streamed(Transformer):
+    """The same model with two layers' worth of memory: the layer at work, and the next one on its way.
+
+    The layers' weights stay on the host: in page-locked memory if they fit there and the device is a GPU, else in their files.
+    One thread fetches layer i + 1 while layer i computes, on a GPU over a side stream. The parameters of layer i are views into
+    buffer i % 2, so they hold its weights only while `visit` is at layer i. A pass brings every weight over once, so a visit
+    should be worth it: see `hidden_of` and `tokens_per_visit`. `stream` makes one.
+    """
+    tokens_per_visit = 2 ** 16      # of Mixtral-8x7B: so many tokens take an H100 longer than their layer's way over PCIe 5
+
+    def prepare(self, source, dtype, device, pinned):
+        """Take the buffers. source(views): read those hub tensors from the files; pinned: keep all layers in page-locked memory."""
+        sizes = [flat_size(layer) for layer in self.layers]
+        take = lambda size, **where: torch.empty(size, dtype=dtype, **where)
+        self.buffers = [take(max(sizes), device=device) for _ in range(2)]
+        self.host = self.buffers                               # on a CPU the files are read into the buffers
+        self.side = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        if self.side:
+            self.host = [take(size, pin_memory=True) for size in (sizes if pinned else 2 * [max(sizes)])]
+        for i, layer in enumerate(self.layers):
+            lay_out(layer, self.host[i % len(self.host)])
+        views = hub_tensors(self)                              # of the layers: in host memory
+        self.places = [{name: view for name, view in views.items() if name.startswith(f'model.layers.{i}.')} for i in range(len(sizes))]
+        for i, layer in enumerate(self.layers):
+            lay_out(layer, self.buffers[i % 2])
+        for module in (self.embed_tokens, self.norm, self.lm_head):
+            module.to_empty(device=device)
+        if self.config.tie:
+            self.lm_head.weight = self.embed_tokens.weight
+        layers = set().union(*self.places)
+        source({name: view for name, view in hub_tensors(self).items() if name not in layers})
+        self.pinned, self.source, self.copied = pinned, source, [None, None]
+        self.thread = ThreadPoolExecutor(1)
+        if pinned:
+            for place in self.places:
+                source(place)
+
+    def fetch(self, i, free):
+        """Bring layer i into its buffer, on CUDA after the event `free`; in the reading thread. Returns the event of its arrival."""
+        if not self.pinned:
+            if self.copied[i % 2]:
+                self.copied[i % 2].synchronize()               # the host buffer has been copied, it may be written again
+            self.source(self.places[i])
+        if self.side:
+            with torch.cuda.stream(self.side):
+                self.side.wait_event(free)
+                n = flat_size(self.layers[i])
+                self.buffers[i % 2][:n].copy_(self.host[i % len(self.host)][:n], non_blocking=True)
+                self.copied[i % 2] = self.side.record_event()
+        return self.copied[i % 2]
+
+    def ask_for(self, i):
+        """The future of `fetch`: layer i may come as soon as the device has done what it was asked to do so far."""
+        free = torch.cuda.current_stream().record_event() if self.side else None
+        return self.thread.submit(self.fetch, i, free)
+
+    def visit(self):
+        assert not torch.is_grad_enabled(), 'a backward pass would find other weights in the buffers'
+        coming = self.ask_for(0)
+        for i, layer in enumerate(self.layers):
+            copied = coming.result()
+            if self.side:
+                torch.cuda.current_stream().wait_event(copied)
+            if i + 1 < len(self.layers):                       # layer i has not been asked for yet, so this waits for i - 1 only
+                coming = self.ask_for(i + 1)
+            yield layer
+
+
+def padded(n):
+    """The next multiple of 128 numbers, so that every weight in a flat buffer is aligned as its kernels want it."""
+    return -(-n // 128) * 128
+
+
+def flat_size(layer):
+    """How many numbers a layer's weights take in a flat buffer."""
+    return sum(padded(p.numel()) for p in layer.parameters())
+
+
+def lay_out(layer, flat):
+    """Let a layer's parameters be views into a flat buffer, one behind the other."""
+    views, at = {}, 0
+    for name, p in layer.named_parameters():
+        views[name] = flat[at:at + p.numel()].view(p.shape)
+        at += padded(p.numel())
+    layer.load_state_dict(views, assign=True)
+    layer.requires_grad_(False)
+
+
+class Sharded(Transformer):
+    """The same model over the ranks of torch.distributed: each keeps its part of every layer (torch's FSDP2), `shard` makes one.
+
+    A layer is gathered from all ranks while the one before computes, and given up behind it. Embedding, last norm and head are
+    on every rank. All ranks must visit together: the same number of calls of `hidden_of`, whatever is in them.
+    """
+    tokens_per_visit = 2 ** 14
+
+    def visit(self):
+        assert not torch.is_grad_enabled(), 'a backward pass would find the layers given up'
+        coming = self.layers[0].unshard(async_op=True)
+        for i, layer in enumerate(self.layers):
+            coming.wait()
+            if i + 1 < len(self.layers):
+                coming = self.layers[i + 1].unshard(async_op=True)
+            yield layer
+            layer.reshard()
+
+
+def own_rows(p):
+    """(number of the first, rows): what this rank keeps of a parameter's first dimension; everything in a model that is not sharded."""
+    if not hasattr(p, 'to_local'):
+        return 0, p
+    mesh = p.device_mesh
+    return min(mesh.get_local_rank() * -(-len(p) // mesh.size()), len(p)), p.to_local()
+
+
 class Decoder:
     """One decoding step after another behind a filled cache: step(new (B,1)) -> logits (B,V) fp32 of the next token.
 
@@ -375,7 +506,7 @@ class Decoder:
     def __init__(self, model, choose_k, cache):
         self.model, self.choose_k, self.cache = model, choose_k, cache
         B, self.graph, self.steps = cache.k.shape[1], None, 0
-        self.capture = cache.k.is_cuda and moe_dispatch.native(cache.k) and B <= moe_dispatch.STATIC_TOKENS
+        self.capture = type(model) is Transformer and moe_dispatch.native(cache.k) and B <= moe_dispatch.STATIC_TOKENS
         if self.capture:
             self.cache = StaticCache(cache)
             self.new = torch.zeros(B, 1, dtype=torch.long, device=cache.k.device)               # the graph's input
@@ -471,8 +602,8 @@ def unique_keys(pairs):
     return d
 
 
-def read_safetensors(path):
-    """({name: tensor}, metadata) over a private memory map of the file: pages are read when a tensor is first used.
+def read_header(path):
+    """({name: (dtype, shape, first byte, byte behind the last)} in the order of the file, metadata) of a safetensors file.
 
     Every number in the header is checked before it is used: the tensors must follow each other without hole or overlap
     and end where the file ends. InputError names the file and the tensor. Nothing is unpickled, values are not checked.
@@ -487,32 +618,62 @@ def read_safetensors(path):
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
         metadata = header.pop('__metadata__', {})
         entries = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
-        layout, end = [], 0
+        layout, end = {}, 0
         for name, t in entries:
             if t['dtype'] not in DTYPES:
                 raise ValueError(f'{name}: dtype {t["dtype"]!r} is not supported')
             dtype, shape, (begin, stop) = DTYPES[t['dtype']], t['shape'], t['data_offsets']
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)) or begin != end \
+            if any(type(i) is not int or i < 0 for i in (*shape, begin, stop)) or begin != end \
                     or stop - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f'{name}: {t} does not follow byte {end}')
-            layout.append((name, dtype, shape, begin, stop))
+            layout[name] = dtype, shape, 8 + n + begin, 8 + n + stop
             end = stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f'{path}: the header is damaged ({str(e)[:200]}); fetch it again') from None
     if 8 + n + end != size:
         raise InputError(f'{path}: the header describes {8 + n + end:,} bytes, the file has {size:,}; fetch it again')
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:]
+    return layout, metadata
+
+
+def read_safetensors(path):
+    """({name: tensor}, metadata) over a private memory map of the file: pages are read when a tensor is first used."""
+    layout, metadata = read_header(path)
+    data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
     tensors = {}
-    for name, dtype, shape, begin, stop in layout:
+    for name, (dtype, shape, begin, stop) in layout.items():
         part = data[begin:stop]
-        if (8 + n + begin) % dtype.itemsize:                   # a writer need not align; view() must
+        if begin % dtype.itemsize:                             # a writer need not align; view() must
             part = part.clone()
         tensors[name] = part.view(dtype).reshape(shape)
     return tensors, metadata
 
 
+READERS = 4     # threads that read a file: one does not reach what a disk can give
+
+
+def read_into(path, layout, views):
+    """Read those tensors of a safetensors file that {name: view} names, straight into their places where dtype and device allow."""
+    def read(name):
+        (dtype, shape, begin, stop), view = layout[name], views[name]
+        t = view if (view.dtype, view.device.type) == (dtype, 'cpu') else torch.empty(shape, dtype=dtype)
+        place = memoryview(t.reshape(-1).view(torch.uint8).numpy())
+        while begin < stop:                                    # the system reads at most 2 GB at once
+            n = os.preadv(f.fileno(), [place[begin - stop:]], begin)
+            if n == 0:
+                raise InputError(f'{path}: {name} could not be read to its end; fetch the file again')
+            begin += n
+        if t is not view:
+            view.copy_(t)
+
+    with open(path, 'rb') as f, ThreadPoolExecutor(READERS) as readers:
+        list(readers.map(read, (name for name in layout if name in views)))
+
+
 def hub_tensors(model):
-    """{the hub's name of a tensor: a view of our parameter}; the stacked experts are one tensor each on the hub."""
+    """{the hub's name of a tensor: a view of our parameter}; the stacked experts are one tensor each on the hub.
+
+    Of a `Sharded` model what this rank keeps: some of the experts, some rows of every other tensor.
+    """
     c, views = model.config, {}
     mixtral = c.model_type == 'mixtral'
     gate, up, down = ('w1', 'w3', 'w2') if mixtral else ('gate_proj', 'up_proj', 'down_proj')
@@ -521,17 +682,18 @@ def hub_tensors(model):
     if mixtral:
         spelling.append(('.mlp.', '.block_sparse_moe.'))
     for name, p in model.named_parameters():                   # a tied head is listed once, as the embedding
+        first, p = own_rows(p)
         name = name if name.startswith('lm_head') else 'model.' + name
         for ours, theirs in spelling:
             name = name.replace(ours, theirs)
         block = name.rpartition('.')[0]
         if name.endswith('.w_in'):
-            for n in range(c.n_experts):
-                views[f'{block}.experts.{n}.{gate}.weight'] = p[n, :c.expert_dim]
-                views[f'{block}.experts.{n}.{up}.weight'] = p[n, c.expert_dim:]
+            for n, expert in enumerate(p, first):
+                views[f'{block}.experts.{n}.{gate}.weight'] = expert[:c.expert_dim]
+                views[f'{block}.experts.{n}.{up}.weight'] = expert[c.expert_dim:]
         elif name.endswith('.w_out'):
-            for n in range(c.n_experts):
-                views[f'{block}.experts.{n}.{down}.weight'] = p[n]
+            for n, expert in enumerate(p, first):
+                views[f'{block}.experts.{n}.{down}.weight'] = expert
         else:
             views[name] = p
     return views
@@ -613,34 +775,49 @@ def weight_files(folder):
     return files
 
 
-def load(folder, dtype=torch.float32, device='cpu', progress=None):
-    """The Transformer in a hub-format folder, frozen. InputError names the file or tensor that is wrong.
-
-    Every tensor is copied once, from the mapped file to its place in the stacked weights in the wanted dtype and device, one
-    file after another: memory peaks at the model plus one file. `progress(bytes so far, of all)` is called after each file.
-    """
-    folder = Path(folder)
+def open_checkpoint(folder, dtype, kind):
+    """(model on the meta device, {path: layout}) of a hub-format folder whose weights are all there; else InputError names what is wrong."""
     config = read_config(folder)
     files = weight_files(folder)
     for file in files:
         if not (folder / file).exists():
             raise InputError(f'{folder / file}: missing, though the index names it; fetch it again')
     with torch.device('meta'):
-        model = Transformer(config).to(dtype)
-    check_tensors(folder, files, {name: view.shape for name, view in hub_tensors(model).items()}, config.model_type)
+        model = kind(config).to(dtype).requires_grad_(False)
+    layouts = {file: read_header(folder / file)[0] for file in files}
+    check_tensors(folder, files, layouts, {name: view.shape for name, view in hub_tensors(model).items()}, config.model_type)
+    return model, {folder / file: layout for file, layout in layouts.items()}
 
-    model = model.to_empty(device=device).requires_grad_(False)
-    if config.tie:                                             # to_empty gave each its own memory
+
+def load(folder, dtype=torch.float32, device='cpu', progress=None):
+    """The Transformer in a hub-format folder, frozen. InputError names the file or tensor that is wrong.
+
+    Every tensor is read once, from its file to its place in the stacked weights, in the wanted dtype and device.
+    `progress(bytes so far, of all)` is called after each file.
+    """
+    model, layouts = open_checkpoint(Path(folder), dtype, Transformer)
+    model = model.to_empty(device=device)
+    if model.config.tie:                                       # to_empty gave each its own memory
         model.lm_head.weight = model.embed_tokens.weight
-    views, done, total = hub_tensors(model), 0, sum(os.path.getsize(folder / file) for file in files)
-    for file in files:
-        read_ahead(folder / file)
-        for name, tensor in read_safetensors(folder / file)[0].items():
-            if name in views:
-                views[name].copy_(tensor)
-        done += os.path.getsize(folder / file)
+    views, done, total = hub_tensors(model), 0, sum(map(os.path.getsize, layouts))
+    for path, layout in layouts.items():
+        read_ahead(path)
+        read_into(path, layout, views)
+        done += os.path.getsize(path)
         if progress:
             progress(done, total)
+    return model
+
+
+def stream(folder, dtype=torch.float32, device='cpu', pinned=False):
+    """The `Streamed` model in a hub-format folder, frozen. `pinned`: all layers in page-locked host memory, for a CUDA device."""
+    model, layouts = open_checkpoint(Path(folder), dtype, Streamed)
+
+    def source(views):
+        for path, layout in layouts.items():
+            if views.keys() & layout.keys():
+                read_into(path, layout, views)
+    model.prepare(source, dtype, torch.device(device), pinned)
     return model
 
 
@@ -651,23 +828,44 @@ def read_ahead(path):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def check_tensors(folder, files, expected, model_type):
+def shard(folder, dtype, device):
+    """The `Sharded` model in a hub-format folder, frozen; each rank reads only its part of the files."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    model, layouts = open_checkpoint(Path(folder), dtype, Sharded)
+    mesh = init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `visit` does
+    model = model.to_empty(device=device)
+    if model.config.tie:
+        model.lm_head.weight = model.embed_tokens.weight
+    views = hub_tensors(model)
+    for path, layout in layouts.items():
+        for name in views.keys() & layout.keys():
+            (dtype, shape, begin, stop), mine = layout[name], views[name]
+            if mine.shape != torch.Size(shape):                # some rows of this tensor
+                row, first = (stop - begin) // shape[0], min(mesh.get_local_rank() * -(-shape[0] // mesh.size()), shape[0])
+                layout[name] = dtype, mine.shape, begin + first * row, begin + (first + len(mine)) * row
+        read_into(path, layout, views)
+    return model
+
+
+def check_tensors(folder, files, layouts, expected, model_type):
     """Compare the headers of all files with the expected {name: shape}, before any memory of the model's size is taken."""
     left = dict(expected)
     for file, names in files.items():
-        path = folder / file
-        tensors, _ = read_safetensors(path)
+        path, tensors = folder / file, layouts[file]
         if names is not None and (wrong := sorted(set(names) ^ tensors.keys())):
             raise InputError(f'{path}: tensor {wrong[0]} is {"missing" if wrong[0] in names else "not in the index"}')
-        for name, tensor in tensors.items():
+        for name, (dtype, shape, _, _) in tensors.items():
             if name.endswith('rotary_emb.inv_freq'):           # old files carry the table that rope_table computes
                 continue
             if name not in left:
                 raise InputError(f'{path}: tensor {name} is not expected in a {model_type} model of this config.json')
-            if tensor.shape != left[name]:
-                raise InputError(f'{path}: {name} has shape {list(tensor.shape)}, config.json says {list(left[name])}')
-            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-                raise InputError(f'{path}: {name} is {tensor.dtype}; quantised weights are not supported')
+            if torch.Size(shape) != left[name]:
+                raise InputError(f'{path}: {name} has shape {shape}, config.json says {list(left[name])}')
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise InputError(f'{path}: {name} is {dtype}; quantised weights are not supported')
             del left[name]
     if left:
         raise InputError(f'{folder}: tensor {min(left)} is missing from the weight files')

@@ -527,7 +527,10 @@ def check_forward(model, inputs):
     """One forward pass; InputError names the first weight that is not finite if the logits are not."""
     if model(inputs[:1].to(model.device)).isfinite().all():
         return
-    broken = [name for name, t in hub_tensors(model).items() if not t.isfinite().all()]
+    views = hub_tensors(model)
+    broken = [name for name, t in views.items() if '.layers.' not in name and not t.isfinite().all()]
+    for i, _ in enumerate(model.visit()):
+        broken += [name for name, t in views.items() if f'.layers.{i}.' in name and not t.isfinite().all()]
     raise InputError(f'the base model gives NaN: {broken[0]} holds NaN or infinity' if broken else
                      'the base model gives NaN on ordinary text, though all its weights are finite: is its dtype too narrow?')
 
@@ -541,10 +544,9 @@ def load_model(folder, device):
 
 # ================================================================ evaluation
 
-def token_logp(model, inputs, targets, choose_k):
-    """log p(target) in nats, (B,T) fp32, of inputs and targets (B,T) under a policy; the head in chunks of 1 GB of logits."""
-    hidden = model.hidden(inputs, choose_k)                                     # (B,T,C)
-    rows = max(1, 2 ** 28 // (model.config.n_vocab * inputs.shape[1]))
+def token_logp(model, hidden, targets):
+    """log p(target) in nats, (B,T) fp32, from the last hidden states (B,T,C) and targets (B,T); the head in chunks of 1 GB of logits."""
+    rows = max(1, 2 ** 28 // (model.config.n_vocab * targets.shape[1]))
     return torch.cat([ppo.next_token_logp(model.lm_head(h), y) for h, y in zip(hidden.split(rows), targets.split(rows))])
 
 
@@ -553,8 +555,12 @@ def evaluate(model, windows, choose_k, batch=32):
     """Loss in nats of every target token under a policy, and the policy's tally: ((n*T,) float64 on CPU, Counted)."""
     inputs, targets, _ = windows
     tally = Counted(choose_k, len(model.config.moe_layers), model.device)
-    losses = [-token_logp(model, x.to(model.device), y.to(model.device), tally).flatten().cpu().double()
-              for x, y in zip(inputs.split(batch), targets.split(batch))]
+    together = max(1, model.tokens_per_visit // (batch * inputs.shape[1]))      # batches that share the visit of a layer
+    losses = []
+    for x, y in zip(inputs.split(together * batch), targets.split(together * batch)):
+        passes = [(part.to(model.device), tally) for part in x.split(batch)]
+        losses += [-token_logp(model, hidden, part.to(model.device)).flatten().cpu().double()
+                   for hidden, part in zip(model.hidden_of(passes), y.split(batch))]
     return torch.cat(losses), tally
 
 
@@ -700,22 +706,27 @@ def p_warm(s, model, allocators, batches):
         progress(step, step * inputs.numel(), loss=loss.item())
 
 
-def rollout_reward(s, model, inputs, targets, rollout):
-    """(reward (G,P), reward under Top-K (P,)) in nats: G passes over inputs (B,T) with sampled k, as one batch, and one with the model's own.
+PASS_TOKENS = 2 ** 14   # of Mixtral-8x7B, so many tokens fill its matmuls and need 4 GB of activations
 
-    P = B*T. The head runs on a few sequences at a time, to keep the logits below 1 GB.
+
+def rollout_reward(s, model, inputs, targets, rollout):
+    """(reward (G,P), reward under Top-K (P,)) in nats: G times inputs (B,T) with sampled k, and once with the model's own.
+
+    P = B*T. Passes of at most PASS_TOKENS tokens keep the experts' activations small; the head runs on a few sequences at a
+    time, to keep the logits below 1 GB.
     """
     (B, T), G = inputs.shape, s.group
-    hidden_topk = model.hidden(inputs)                                          # (B,T,C)
-    hidden = model.hidden(inputs.repeat(G, 1), rollout).view(G, B, T, -1)       # (G,B,T,C)
-    few = max(1, 2 ** 28 // (model.config.n_vocab * T * (G + 1)))
+    few = max(1, PASS_TOKENS // T)
+    passes = [(part, None) for part in inputs.split(few)] + [(part, rollout) for part in inputs.repeat(G, 1).split(few)]
+    hidden = torch.cat(model.hidden_of(passes)).view(1 + G, B, T, -1)           # (1+G,B,T,C), Top-K first
+    few = max(1, 2 ** 28 // (model.config.n_vocab * T * (1 + G)))
     rewards = []
-    for h, h_topk, y in zip(hidden.split(few, 1), hidden_topk.split(few), targets.split(few)):
-        logits = model.lm_head(torch.cat([h, h_topk[None]]))                    # (G+1,few,T,V)
-        rewards.append(ppo.expected_logp(logits, logits[G]) if s.reward == 'expected' else
+    for h, y in zip(hidden.split(few, 1), targets.split(few)):
+        logits = model.lm_head(h)                                               # (1+G,few,T,V)
+        rewards.append(ppo.expected_logp(logits, logits[0]) if s.reward == 'expected' else
                        torch.stack([ppo.next_token_logp(rollout_logits, y) for rollout_logits in logits]))
-    reward = torch.cat(rewards, 1).flatten(1)                                   # (G+1,P)
-    return reward[:G], reward[G]
+    reward = torch.cat(rewards, 1).flatten(1)                                   # (1+G,P)
+    return reward[1:], reward[0]
 
 
 class Interrupt:
@@ -799,10 +810,11 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
             inputs, targets = (z.to(s.device) for z in next(batches))           # (B,T) both
 
             # rollout: G passes over the same tokens
-            rollout = Rollout(allocators, generator)
+            noise = torch.rand(len(c.moe_layers), s.group * inputs.numel(), generator=generator, device=s.device)
+            rollout = Rollout(allocators, noise)
             with torch.no_grad():
                 reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)                    # (G,P), (P,)
-            z, k, logp_old = rollout.stacked()                                  # (L,G*P,n_in), (L,G*P), (L,G*P)
+            z, k, logp_old = rollout.z, rollout.k, rollout.logp                 # (L,G*P,n_in), (L,G*P), (L,G*P)
             if s.cost == 'reward':                                              # one reward per layer then
                 reward = reward - price * k.view(-1, s.group, len(reward_topk))                             # (L,G,P)
                 reward_topk = reward_topk - price * c.top_k

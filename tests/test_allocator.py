@@ -84,9 +84,10 @@ def test_adak_takes_the_argmax_and_the_price_is_a_dial(trained):
 
 def test_rollout_records_what_it_drew(trained):
     x, probs = torch.randn(4000, 32), torch.randn(8).softmax(-1).expand(4000, 8)
-    rollout = Rollout(trained, torch.Generator().manual_seed(0))
-    drawn = [rollout(layer, x[:1].expand_as(x), probs) for layer in range(2)]
-    z, k, logp = rollout.stacked()
+    rollout = Rollout(trained, torch.rand(2, 4000))
+    # in three passes, layer by layer
+    drawn = [torch.cat([rollout(layer, x[:1].expand(n, -1), probs[:n]) for n in (1000, 2900, 100)]) for layer in range(2)]
+    z, k, logp = rollout.z, rollout.k, rollout.logp
     assert torch.equal(k, torch.stack(drawn)) and z.shape == (2, 4000, 32 + 8 + 2)
     for layer in range(2):
         p = trained.logits(layer, z[layer, :1]).softmax(-1)[0]

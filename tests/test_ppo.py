@@ -147,7 +147,7 @@ def test_advantage_is_exactly_0_where_the_sampled_plan_is_top_k():
     allocators = Allocators(model.config, 3, False)
     allocators.bias.data[:, 2] = 50                            # k = 3 = K, always
     inputs, targets = torch.randint(50, (2, 20)), torch.randint(50, (2, 20))
-    sampled = ppo.next_token_logp(model(inputs, Rollout(allocators, torch.Generator())), targets)
+    sampled = ppo.next_token_logp(model(inputs, Rollout(allocators, torch.rand(3, 40))), targets)
     plain = ppo.next_token_logp(model(inputs), targets)
     assert ppo.topk_advantage(sampled.flatten(), plain.flatten(), n_layers=3).abs().max() == 0
 
