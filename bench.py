@@ -12,7 +12,6 @@ time included). Every number is a median over rounds in which all candidates run
 a ratio of medians. Smaller is not always faster: read the spread.
 """
 import argparse
-import hashlib
 import io
 import itertools
 import keyword
@@ -33,12 +32,12 @@ import torch.nn.functional as F
 
 import moe_dispatch
 from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, RandomMix, Skip, TopK, TopP, bisect, sample_k
-from model import (Config, InputError, Tokenizer, Transformer, find_checkpoint, generate, generate_steps, read_config, read_json,
-                   read_safetensors, write_json, write_safetensors)
+from model import (Config, InputError, Tokenizer, Transformer, fingerprint, generate, generate_steps, read_config, read_json, read_safetensors,
+                   write_json, write_safetensors)
 from moe_dispatch import flops
-from train import (PAPER, PRESETS, OneLineParser, Settings, Text, base_model, calibrate, check_budget, clustered_error, evaluate, load_model,
-                   new_allocators, new_model, one_line_errors, open_device, open_out, plt, read_documents, run_settings, save_figure, split_documents, train_ppo,
-                   train_soft)
+from train import (PAPER, PRESETS, OneLineParser, Settings, Text, base_folder, base_model, calibrate, check_budget, clustered_error, default_device,
+                   evaluate, load_model, new_allocators, new_model, one_line_errors, open_device, open_out, plt, read_documents, run_settings,
+                   save_figure, split_documents, train_ppo, train_soft)
 
 
 # ================================================================ timing
@@ -454,10 +453,15 @@ def bench(a):
     print(f'{time.time() - start:.0f} s; wrote bench.json, dispatch.png, roofline.png and model.png in {out}')
 
 
+def opened_settings(a, **others):
+    """The Settings of --run, or of --ckpt alone with `others`, on the device and the checkpoint of the command line."""
+    s = run_settings(a.run) if a.run else Settings(**others)
+    return replace(s, device=a.device, stream=a.stream, ckpt=a.ckpt or s.ckpt)
+
+
 def bench_run(a):
     """The model of a run, or of --ckpt, on held-out text: Top-K against its allocators (without a run: random ones at 0.7 K)."""
-    s = run_settings(a.run) if a.run else Settings(seq=512)
-    s.device, s.ckpt = a.device, a.ckpt or s.ckpt
+    s = opened_settings(a, seq=512)
     out = open_out(a.out or a.run or f'out/{Path(a.ckpt).name}')
     model, _, texts = base_model(s, Path(a.run or out))
     tokens = texts[2].windows(s.seq, max(s.seq, 2048))[0].to(s.device)          # (n,seq)
@@ -534,14 +538,13 @@ def plain(name):
 
 def open_study(a, name):
     """The Study of --run or --ckpt; its folder belongs to one base model, one text and one recipe, InputError names what differs."""
-    s = run_settings(a.run) if a.run else Settings(ckpt=a.ckpt, **PRESETS['smoke' if a.quick else 'tiny'])
-    s.device, s.ckpt, out = a.device, a.ckpt or s.ckpt, Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}'))
+    s = opened_settings(a, **PRESETS['smoke' if a.quick else 'tiny'])
+    out = Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}'))
     model, tokenizer, texts = base_model(s, out)
     check_budget(replace(s, budget=min(BUDGETS), lam=None), model.config.top_k)
     study = Study(s, model, tokenizer, *texts, open_out(out / name))
-    digest = hashlib.sha256(b''.join(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in model.state_dict().values()))
-    facts = {'base': digest.hexdigest(), 'text': [len(t.tokens) for t in texts],
-             **{field: value for field, value in asdict(s).items() if field not in ('out', 'fresh', 'budget', 'lam', 'seed', 'device', 'ckpt')}}
+    facts = {'base': fingerprint(base_folder(s, out)), 'text': [len(t.tokens) for t in texts],
+             **{field: value for field, value in asdict(s).items() if field not in ('out', 'fresh', 'budget', 'lam', 'seed', 'device', 'ckpt', 'stream')}}
     old = study.folder / 'study.json'
     if old.exists() and (other := [name for name, value in read_json(old).items() if facts.get(name) != value]):
         raise InputError(f'{study.folder} was measured with another {other[0]}: move it away to measure again')
@@ -1005,13 +1008,14 @@ def coloured(model, tokenizer, tokens, policy):
 
 def generation(a):
     """Continue the prompt, printing text as it comes, then speed and mean k."""
-    folder = find_checkpoint(a.ckpt) if a.ckpt else Path(a.run) / 'base'
+    s = opened_settings(a)
+    folder = base_folder(s, Path(a.run or ''))
     tokenizer, c = Tokenizer(folder), read_config(folder)
     policy = make_policy(a.policy or ('ada-k' if a.run else 'top-k'), c, a.run, a.device)
     ids = [tokenizer.bos] * (tokenizer.bos is not None) + tokenizer.encode(a.prompt)
     if not ids:
         raise InputError('--prompt: is empty')
-    model = load_model(folder, a.device)
+    model = load_model(s, folder)
     tokens = torch.tensor([ids], device=a.device)
     tally = Counted(policy, len(c.moe_layers), a.device)
     generator = torch.Generator(a.device).manual_seed(a.seed)
@@ -1052,7 +1056,8 @@ def parse(argv):
     p.add_argument('--policy', help='ada-k (default with --run), top-k (default without), k=2, mix=1.5, top-p=0.4, skip=0.5')
     p.add_argument('--temperature', type=float, default=0.0, help='0: the most probable token (default)')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--device', default='cpu')
+    p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
+    p.add_argument('--stream', action='store_true', help='two layers\' weights on the device, the others in host memory or in their files')
     p.add_argument('--show', action='store_true', help='print the text once more, each token coloured by its k')
     a = p.parse_args(argv)
     a.run = a.frontier or a.ablations or a.analysis or a.run
@@ -1060,6 +1065,7 @@ def parse(argv):
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     if a.tokens < 1 or not 0 <= a.temperature < float('inf'):
         raise InputError('--tokens must be 1 or more, --temperature 0 or more')
+    a.device = a.device or (default_device() if a.ckpt else 'cpu')
     open_device(a.device)
     return a
 

@@ -4,6 +4,9 @@
     python train.py --budget 0.6             a smaller budget: mean k at most 0.6 K
     python train.py --ckpt mixtral-8x7b      allocators for real weights
     python train.py --paper                  the published recipe throughout
+    python train.py --ckpt X --stream        weights stay in host memory or files, two layers of them on the device
+    torchrun --nproc-per-node 8 train.py --ckpt mixtral-8x22b          each GPU keeps an eighth of the weights
+    python train.py --ckpt X --plan          what that needs: memory, FLOPs, hours; nothing is loaded
     python train.py --preset smoke           the same path in seconds, for tests
 
 Stages, in order: text -> base model -> start of the allocators -> PPO -> evaluation. Everything lands in `--out`:
@@ -21,6 +24,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -28,19 +32,21 @@ import signal
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import ppo
 from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, SoftMixture, bisect, mass_labels)
-from model import (CHECKPOINTS, Config, InputError, Tokenizer, Transformer, byte_characters, find_checkpoint, hub_tensors,
-                   load, read_json, read_safetensors, save, write_json, write_safetensors, write_whole)
+from model import (CHECKPOINTS, Config, InputError, Streamed, Tokenizer, Transformer, byte_characters, find_checkpoint, fingerprint, hub_tensors,
+                   load, read_config, read_json, read_safetensors, save, shard, stream, write_json, write_safetensors, write_whole)
 from moe_dispatch import flops
 
 matplotlib.use('Agg')           # figures go to files, a screen is not needed
@@ -60,6 +66,7 @@ class Settings:
     paper: bool = False             # the published recipe
     seed: int = 0                   # of everything after the base model
     device: str = 'cpu'
+    stream: bool = False            # keep two layers' weights on the device, the others in host memory or in their files
     fresh: bool = False             # learn the base model again
     resume: bool = False            # go on from OUT/state.safetensors
     save_every: int = 50            # PPO steps between two saved states
@@ -144,11 +151,14 @@ def parse(argv):
     p.add_argument('--lam', type=float, help='a fixed price in nats per expert and layer instead of a budget')
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, .. (default cpu)')
+    p.add_argument('--device', help='cpu, cuda, cuda:1, .. (default: cuda for --ckpt where there is one, else cpu)')
+    p.add_argument('--stream', action='store_true', help='two layers\' weights on the device, the others in host memory or in their files')
+    p.add_argument('--plan', action='store_true', help='print the memory, FLOPs and hours of this run, from the config of --ckpt alone')
     p.add_argument('--fresh', action='store_true', help='learn the base model again')
     p.add_argument('--resume', action='store_true', help='go on with an interrupted PPO where its last saved state left it')
     p.add_argument('--save-every', type=int, help='PPO steps between two saved states (default 50)')
     given = vars(p.parse_args(argv))
+    planned = given.pop('plan', False)
     if {'budget', 'lam'} <= set(given):
         raise InputError('--budget and --lam: give one, not both')
     paper = PAPER if given.get('paper') else {}
@@ -170,9 +180,22 @@ def parse(argv):
     for flag in ('seq', 'ppo_steps', 'ppo_batch', 'save_every'):
         if getattr(s, flag) < 1:
             raise InputError(f'--{flag.replace("_", "-")} {getattr(s, flag)}: must be 1 or more')
+    if planned and not s.ckpt:
+        raise InputError('--plan: give the checkpoint with --ckpt, a folder that holds at least its config.json')
+    if s.stream and not s.ckpt:
+        raise InputError('--stream: give the checkpoint with --ckpt; a model that is learnt here is in memory anyway')
+    if s.ckpt and 'device' not in given:
+        s.device = default_device()
+    if s.stream and s.device != 'cpu' and 'ppo_batch' not in given:            # as many tokens as hide the way of the weights
+        s.ppo_batch = max(1, Streamed.tokens_per_visit // ((1 + s.group) * s.seq))
     open_device(s.device)
     s.out = s.out or f'out/{Path(s.ckpt).name if s.ckpt else s.preset}'
-    return s
+    return s, planned
+
+
+def default_device():
+    """Where real weights go; the small models of the default run are as fast on a CPU, and the same everywhere."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def run_settings(run):
@@ -219,11 +242,11 @@ class Progress:
 
     def __init__(self, stage, steps, done=0):
         self.stage, self.steps, self.done, self.start, self.shown = stage, steps, done, time.time(), 0.0
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.silent = sys.stderr.isatty(), ranks()[0] > 0
 
     def __call__(self, step, tokens, **numbers):
         now, last = time.time(), step == self.steps
-        if now - self.shown < (0.2 if self.terminal else 10) and not last:
+        if self.silent or now - self.shown < (0.2 if self.terminal else 10) and not last:
             return
         self.shown, spent = now, now - self.start
         text = '  '.join(f'{name} {value:.4g}' for name, value in numbers.items())
@@ -235,6 +258,234 @@ class Progress:
             print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True, file=sys.stderr)
         else:
             print(line, flush=True, file=sys.stderr)
+
+
+# ================================================================ ranks: one process, or several under torchrun
+
+def join(device):
+    """The device of this process; under torchrun this rank's own, after all ranks have met. InputError if they do not meet.
+
+    From here on only rank 0 prints and writes. Every rank runs the same script on its part of each batch.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return device
+    if device.startswith('cuda'):
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    try:
+        if os.environ['RANK'] != '0':                          # a minute is enough to find the store, ten for all to come
+            dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=RENDEZVOUS, wait_for_workers=False)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(minutes=10))
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise InputError(f'no rendezvous of the ranks at {place}: {str(e).splitlines()[0][:200]}') from None
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, 'w')
+    return device
+
+
+RENDEZVOUS = timedelta(minutes=1)
+
+
+def ranks():
+    """(number of this rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(value):
+    """[the value of every rank], in order."""
+    rank, size = ranks()
+    if size == 1:
+        return [value]
+    values = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_everywhere(what, value):
+    """InputError unless all ranks have this value."""
+    if other := [i for i, theirs in enumerate(gathered(value)) if theirs != value]:
+        raise InputError(f'{what} is another one on rank {other[0]} than on rank {ranks()[0]}')
+
+
+def averaged(numbers):
+    """{name: number}, each the mean over the ranks."""
+    everyone = gathered(numbers)
+    return {name: sum(theirs[name] for theirs in everyone) / len(everyone) for name in numbers}
+
+
+def average_gradients(parameters):
+    """Replace every gradient by its mean over the ranks: that of a loss that is a mean over all ranks' tokens."""
+    if ranks()[1] > 1:
+        for p in parameters:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= ranks()[1]
+
+
+# ================================================================ what a run needs: bytes, FLOPs, hours
+
+def weight_counts(config):
+    """(weights of the largest layer, of all layers, of embedding, last norm and head)."""
+    with torch.device('meta'):
+        model = Transformer(config)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    return max(layers), sum(layers), sum(p.numel() for p in model.parameters()) - sum(layers)
+
+
+def allocator_sizes(s, config):
+    """(k_max, numbers that an allocator reads)."""
+    k_max = config.n_experts if s.paper else s.k_max or min(2 * config.top_k, config.n_experts)
+    return k_max, config.dim + (config.n_experts + config.top_k - 1 if s.extended else 0)
+
+
+def state_bytes(s, config):
+    """Bytes of what a rollout keeps for the update: z in fp32, k, logp, noise of every layer and sampled token; logits and their gradients."""
+    k_max, n_in = allocator_sizes(s, config)
+    return len(config.moe_layers) * s.group * s.ppo_batch * s.seq * (4 * n_in + 16 + 20 * k_max)
+
+
+def working_bytes(s, config, itemsize):
+    """Bytes that PPO needs beside the weights, at its peak: states, hidden states, and the larger of one pass's experts and logits."""
+    c, tokens = config, (1 + s.group) * s.ppo_batch * s.seq
+    in_pass = min(max(PASS_TOKENS, s.seq), s.group * s.ppo_batch * s.seq)
+    experts = in_pass * itemsize * (c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim)
+    logits = 3 * 4 * min(max(2 ** 28, (1 + s.group) * s.seq * c.n_vocab), tokens * c.n_vocab)
+    return state_bytes(s, c) + 3 * tokens * c.dim * itemsize + max(experts, logits)
+
+
+def weight_bytes(config, itemsize, how, size=1):
+    """(bytes on the device, on the host) of the weights: 'plain', 'stream'ed, or 'shard'ed over `size` ranks."""
+    layer, layers, rest = (itemsize * n for n in weight_counts(config))
+    return {'plain': (layers + rest, 0), 'stream': (rest + 2 * layer, layers), 'shard': (rest + layers // size + 2 * layer, 0)}[how]
+
+
+def free_memory(device):
+    """Bytes that this process may still take on a device; of the host the least that the system, a control group and ulimit leave."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    numbers = lambda path: {line.split()[0].rstrip(':'): int(line.split()[1]) for line in open(path) if line.split()[1:2] and line.split()[1].isdigit()}
+    free = [math.inf]
+    try:
+        free.append(1024 * numbers('/proc/meminfo')['MemAvailable'])
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - 1024 * numbers('/proc/self/status')['VmSize'])
+        group = Path('/sys/fs/cgroup') / open('/proc/self/cgroup').readline().strip().rpartition(':')[2].lstrip('/')
+        free.append(int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text())
+                    + numbers(group / 'memory.stat')['inactive_file'])
+    except (OSError, ValueError, KeyError):                    # another system than Linux, or no limit
+        pass
+    return min(free)
+
+
+def check_memory(s, config, itemsize, size, working):
+    """InputError if the weights as wanted and `working` bytes do not fit. Returns whether a streamed model's layers can be page-locked."""
+    device, how = torch.device(s.device), 'stream' if s.stream else 'shard' if size > 1 else 'plain'
+    need = weight_bytes(config, itemsize, how, size)[0] + working
+    if need > (free := free_memory(device)):
+        less = weight_bytes(config, itemsize, 'stream')[0] + working
+        hint = f'--stream needs {less / 1e9:.1f} GB' if how == 'plain' and less < free else 'a smaller --ppo-batch or --seq needs less'
+        raise InputError(f'memory: {s.device} has {free / 1e9:.1f} GB free, this run needs {need / 1e9:.1f} GB '
+                         f'({working / 1e9:.1f} of them beside the weights); {hint}')
+    return s.stream and device.type == 'cuda' and weight_bytes(config, itemsize, 'stream')[1] + 4e9 < free_memory(torch.device('cpu'))
+
+
+# name: bf16 matmul FLOP/s, host-to-device bytes/s, bytes of memory, as published; what real code reaches of the first two
+GPUS = {'A800-80GB': (312e12, 32e9, 80e9), 'H100-80GB': (989e12, 64e9, 80e9), 'H200': (989e12, 64e9, 141e9)}
+REACHED = 0.5, 0.8
+
+
+@torch.no_grad()
+def measured_rates(s, config, dtype):
+    """(FLOP/s of one MoE layer of this model with random weights on 2,048 tokens, bytes/s of a copy from the host) on s.device."""
+    device, T = torch.device(s.device), min(s.seq, 2048)
+    one = replace(config, n_layers=1, dense_layers=(), n_vocab=1)
+    model = new_model(one, 0).to(dtype).to(device)
+    tokens = torch.zeros(2048 // T, T, dtype=torch.long, device=device)
+    model.embed_tokens.weight.data = torch.randn(1, config.dim).to(dtype).to(device)
+    work = flops(one, config.top_k, T)['total'] * tokens.numel()
+    source = torch.ones(2 ** 28, dtype=torch.uint8, pin_memory=device.type == 'cuda')
+    target = torch.empty(2 ** 28, dtype=torch.uint8, device=device)
+
+    def best(run):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            run()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+    return work / best(lambda: model.hidden(tokens)), 2 ** 28 / best(lambda: target.copy_(source))
+
+
+def run_flops(s, config):
+    """{stage: (FLOPs, visits of the whole model)} of a run with --ckpt; the evaluations of a calibration are taken as 8."""
+    c, tokens, batch = config, s.ppo_batch * s.seq, 32 * s.seq
+    k_max, n_in = allocator_sizes(s, c)
+    forward = lambda k: flops(c, k, s.seq)['total']
+    mean_k = c.top_k * (s.budget if s.lam is None else 1)
+    update = s.epochs * s.group * 6 * k_max * n_in * len(c.moe_layers)
+    probes = s.ppo_steps // 20 * s.calibration_tokens // 4 * forward(mean_k)
+    scored = 26 * s.calibration_tokens + 5 * s.heldout_tokens
+    together = max(batch, Streamed.tokens_per_visit)
+    return {'start': ((s.warm_steps if s.start == 'p-warm' else 2) * tokens * forward(c.top_k), s.warm_steps if s.start == 'p-warm' else 2),
+            'ppo': (s.ppo_steps * tokens * (forward(c.top_k) + s.group * forward(mean_k) + update) + probes, s.ppo_steps + s.ppo_steps // 20),
+            'evaluation': (scored * forward(mean_k), 26 * -(-s.calibration_tokens // together) + 5 * -(-s.heldout_tokens // together))}
+
+
+def plan(s, rates=None):
+    """What this run needs, from the config of --ckpt alone. rates: {machine: (FLOP/s, bytes/s, bytes of memory)}, by default this one and GPUS."""
+    folder = find_checkpoint(s.ckpt)
+    config, dtype = read_config(folder), weight_dtype(folder)
+    check_budget(s, config.top_k)
+    layer, layers, rest = weight_counts(config)
+    k_max, n_in = allocator_sizes(s, config)
+    params = len(config.moe_layers) * k_max * (n_in + s.extended)
+    working, work = working_bytes(s, config, dtype.itemsize), run_flops(s, config)
+    if rates is None:
+        rates = {name: (flop * REACHED[0], copy * REACHED[1], memory) for name, (flop, copy, memory) in GPUS.items()}
+        free = free_memory(torch.device(s.device))
+        if 2 * layer * 4 < free:
+            rates = {f'here ({s.device})': (*measured_rates(s, config, dtype), free), **rates}
+    per_token = flops(config, config.top_k, s.seq)['total'] - 2 * config.dim * config.n_vocab
+    machines = []
+    for name, (rate, copy, memory) in rates.items():
+        on_cpu, hours = 'cpu' in name, {}
+        for how, size in (('plain', 1), ('stream', 1), ('shard', 8))[:2 if on_cpu else 3]:
+            fits = weight_bytes(config, dtype.itemsize, how, size)[0] + working // size < memory
+            seconds = 0
+            for flop, visits in work.values():
+                compute, way = flop / rate / size, visits * layers * dtype.itemsize / copy * (how == 'stream')
+                seconds += compute + way if on_cpu else max(compute, way)      # a CPU copies with the cores that compute
+            hours[how] = seconds / 3600 if fits else None
+        machines.append({'machine': name, 'flops': rate, 'copy': copy, 'memory': memory, 'hours': hours,
+                         'compute_bound': layers * dtype.itemsize / copy * rate / per_token})
+    return {'ckpt': s.ckpt, 'weights': layers + rest, 'dtype': str(dtype).removeprefix('torch.'), 'bytes': dtype.itemsize * (layers + rest),
+            'layer_bytes': dtype.itemsize * layer, 'allocators': params, 'optimizer_bytes': 16 * params, 'state_bytes': state_bytes(s, config),
+            'working_bytes': working, 'steps': s.ppo_steps, 'passes': 1 + s.group, 'tokens': s.ppo_batch * s.seq,
+            'flops': {stage: flop for stage, (flop, _) in work.items()}, 'machines': machines,
+            'memory': {how: [b + w for b, w in zip(weight_bytes(config, dtype.itemsize, how, size), (working // size, 0))]
+                       for how, size in (('plain', 1), ('stream', 1), ('shard', 8))}}
+
+
+def plan_table(p):
+    """A plan as text."""
+    gb = lambda n: f'{n / 1e9:.3g}'
+    hours = lambda h: 'does not fit' if h is None else f'{h:.2g}'
+    lines = [f'{p["ckpt"]}: {p["weights"] / 1e9:.2f}B weights in {p["dtype"]}, {gb(p["bytes"])} GB, the largest layer {gb(p["layer_bytes"])} GB; '
+             f'allocators of {p["allocators"]:,} weights, {p["optimizer_bytes"] / 1e6:.0f} MB with gradients and optimizer',
+             f'{p["steps"]} PPO steps of {p["passes"]} x {p["tokens"]:,} tokens: ' + ', '.join(f'{stage} {flop:.2e}' for stage, flop in p['flops'].items())
+             + f' FLOPs; a rollout keeps {gb(p["state_bytes"])} GB of states', '',
+             '| | GB on the device | GB on the host or in files |', '|---|---|---|']
+    names = {'plain': 'plain', 'stream': '--stream', 'shard': 'each of 8 ranks'}
+    lines += [f'| {names[how]} | {gb(device)} | {gb(host)} |' for how, (device, host) in p['memory'].items()]
+    lines += ['', '| machine | TFLOP/s | copy GB/s | compute-bound from (tokens) | hours plain | --stream | 8 ranks |', '|---|---|---|---|---|---|---|']
+    lines += [f'| {m["machine"]} | {m["flops"] / 1e12:.3g} | {gb(m["copy"])} | {m["compute_bound"]:,.0f} | '
+              + ' | '.join(hours(m['hours'][how]) if how in m['hours'] else '' for how in names) + ' |' for m in p['machines']]
+    return '\n'.join(lines + ['', f'GPUs: {REACHED[0]:.0%} of the published matmul rate and {REACHED[1]:.0%} of the published copy rate; '
+                                  'here: one layer measured. 8 ranks: without the time that gathering the layers takes.'])
 
 
 # ================================================================ text
@@ -486,12 +737,14 @@ def base_model(s, out):
     parts = split_documents(documents)
     splits = lambda tokenizer: [tokenize(part, tokenizer, s.seq, name)
                                 for part, name in zip(parts, ('train', 'calibration', 'held-out'))]
-    folder, recipe = find_checkpoint(s.ckpt) if s.ckpt else out / 'base', base_recipe(s, documents)
+    folder, recipe = base_folder(s, out), base_recipe(s, documents)
     if not s.ckpt and not s.fresh and (folder / 'recipe.json').exists():
         old = read_json(folder / 'recipe.json')
         if changed := [name for name in recipe if old.get(name) != recipe[name]]:
             raise InputError(f'{folder} was learnt with another {changed[0]}: choose another --out, or --fresh to learn it again')
         print(f'base: {folder} is there, used again')
+    elif not s.ckpt and ranks()[1] > 1:
+        raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; run this once without torchrun')
     elif not s.ckpt:
         start, new = time.time(), out / 'base.new'             # complete, it takes the place of base/
         shutil.rmtree(new, ignore_errors=True)
@@ -512,10 +765,12 @@ def base_model(s, out):
         write_json(new / 'recipe.json', recipe)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-        return load_model(folder, s.device), tokenizer, texts
+        return load_model(s, folder), tokenizer, texts
     tokenizer = Tokenizer(folder)
     texts = splits(tokenizer)
-    model = load_model(folder, s.device)
+    same_everywhere(f'the checkpoint {folder}', fingerprint(folder))
+    same_everywhere('the text of --data', recipe['text'])
+    model = load_model(s, folder, working_bytes(s, read_config(folder), weight_dtype(folder).itemsize) // ranks()[1])
     if (used := max(int(t.tokens.max()) for t in texts)) >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {used}, the model has only {model.config.n_vocab} tokens')
     check_forward(model, texts[0].tokens[:s.seq][None])
@@ -535,11 +790,32 @@ def check_forward(model, inputs):
                      'the base model gives NaN on ordinary text, though all its weights are finite: is its dtype too narrow?')
 
 
-def load_model(folder, device):
-    """The model of a checkpoint folder in the dtype that its config names, with a progress line."""
-    hf, progress = read_json(folder / 'config.json'), Progress('load %', 100)
-    dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
-    return load(folder, dtype, device, lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
+def base_folder(s, out):
+    """Where the base model of a run is."""
+    return find_checkpoint(s.ckpt) if s.ckpt else out / 'base'
+
+
+def weight_dtype(folder):
+    """The dtype that a checkpoint's config names."""
+    hf = read_json(folder / 'config.json')
+    return {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
+
+
+def load_model(s, folder, working=0):
+    """The model of a checkpoint folder in the dtype that its config names: whole, streamed, or this rank's part.
+
+    InputError if memory is too small for it and `working` bytes more.
+    """
+    config, dtype, (_, size) = read_config(folder), weight_dtype(folder), ranks()
+    if s.stream and size > 1:
+        raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
+    pinned = check_memory(s, config, dtype.itemsize, size, working)
+    if size > 1:
+        return shard(folder, dtype, s.device)
+    if s.stream:
+        return stream(folder, dtype, s.device, pinned)
+    progress = Progress('load %', 100)
+    return load(folder, dtype, s.device, lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
 
 
 # ================================================================ evaluation
@@ -553,15 +829,19 @@ def token_logp(model, hidden, targets):
 @torch.no_grad()
 def evaluate(model, windows, choose_k, batch=32):
     """Loss in nats of every target token under a policy, and the policy's tally: ((n*T,) float64 on CPU, Counted)."""
-    inputs, targets, _ = windows
-    tally = Counted(choose_k, len(model.config.moe_layers), model.device)
-    together = max(1, model.tokens_per_visit // (batch * inputs.shape[1]))      # batches that share the visit of a layer
+    (rank, size), device = ranks(), model.device
+    tally = Counted(choose_k, len(model.config.moe_layers), device)
+    inputs, targets = (z.tensor_split(size)[rank] for z in windows[:2])         # this rank's windows
+    together = batch * max(1, model.tokens_per_visit // (batch * inputs.shape[1]))      # windows that share the visit of a layer
     losses = []
-    for x, y in zip(inputs.split(together * batch), targets.split(together * batch)):
-        passes = [(part.to(model.device), tally) for part in x.split(batch)]
-        losses += [-token_logp(model, hidden, part.to(model.device)).flatten().cpu().double()
-                   for hidden, part in zip(model.hidden_of(passes), y.split(batch))]
-    return torch.cat(losses), tally
+    for at in range(0, -(-len(windows[0]) // size), together):                  # as many visits on every rank
+        x, y = inputs[at:at + together], targets[at:at + together]
+        passes = [(part.to(device), tally) for part in x.split(batch)] if len(x) else [(windows[0][:1].to(device), None)]
+        losses += [-token_logp(model, hidden, part.to(device)).flatten().cpu().double()
+                   for hidden, part in zip(model.hidden_of(passes), y.split(batch)) if len(part)]
+    parts = gathered((torch.cat(losses) if losses else torch.zeros(0).double(), tally.counts.cpu()))
+    tally.counts = sum(counts for _, counts in parts).to(device)
+    return torch.cat([loss for loss, _ in parts]), tally
 
 
 def calibrate(model, windows, policy_of, target, low, high):
@@ -641,7 +921,7 @@ def new_allocators(s, model, text):
     'always-k' is K for every token with some exploration; 'random' knows nothing: every k alike.
     """
     c = model.config
-    allocators = Allocators(c, c.n_experts if s.paper else s.k_max or min(2 * c.top_k, c.n_experts), s.extended).to(s.device)
+    allocators = Allocators(c, allocator_sizes(s, c)[0], s.extended).to(s.device)
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed))
     if s.extended:
         standardise(s, model, allocators, next(batches)[0])
@@ -748,7 +1028,13 @@ class Interrupt:
 
 
 # what may differ between an interrupted run and the one that resumes it
-NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens'
+NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream'
+
+
+def in_state(s):
+    """The settings that a run and its continuation share; of the device the kind, each rank has its own."""
+    settings = {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
+    return {**settings, 'device': torch.device(s.device).type}
 
 
 def save_state(path, s, facts, allocators, optimizer, generator, log):
@@ -756,8 +1042,7 @@ def save_state(path, s, facts, allocators, optimizer, generator, log):
     tensors = {f'allocators.{name}': t for name, t in allocators.state_dict().items()}
     for i, averages in optimizer.state_dict()['state'].items():
         tensors.update({f'adam.{i}.{name}': t for name, t in averages.items()})
-    settings = {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
-    write_safetensors(path, {**tensors, 'generator': generator.get_state()}, {'state': json.dumps({'settings': settings, 'log': log, **facts})})
+    write_safetensors(path, {**tensors, 'generator': generator.get_state()}, {'state': json.dumps({'settings': in_state(s), 'log': log, **facts})})
 
 
 def load_state(path, s, facts, allocators, optimizer, generator):
@@ -768,8 +1053,8 @@ def load_state(path, s, facts, allocators, optimizer, generator):
         raise InputError(f'--resume: {path}: {e.strerror}; start without --resume') from None
     state = json.loads(metadata['state'])
     for name, old in state['settings'].items():
-        if old != getattr(s, name, None):
-            raise InputError(f'--resume: {path} is of a run with {name} {old}, this one has {getattr(s, name, None)}')
+        if old != (mine := in_state(s).get(name)):
+            raise InputError(f'--resume: {path} is of a run with {name} {old}, this one has {mine}')
     for name, new in facts.items():
         if not math.isclose(state[name], new, rel_tol=1e-3):
             raise InputError(f'--resume: {path} is of another base model or text: {name} was {state[name]}, now it is {new}')
@@ -789,8 +1074,9 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
 
     `state`: a file that holds the run's state after every s.save_every steps and on an interrupt, and that --resume starts from.
     """
-    c = model.config
+    c, (rank, size) = model.config, ranks()
     target = s.budget * c.top_k
+    mine = slice(rank * s.ppo_batch // size, (rank + 1) * s.ppo_batch // size)  # this rank's sequences of every batch
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
@@ -807,11 +1093,12 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
     progress, numbers = Progress('ppo', s.ppo_steps, done=len(log)), {}
     with Interrupt() as interrupt:
         for step in range(len(log) + 1, s.ppo_steps + 1):
-            inputs, targets = (z.to(s.device) for z in next(batches))           # (B,T) both
+            inputs, targets = (z[mine].to(s.device) for z in next(batches))     # (B,T) both, B = ppo_batch / ranks
 
             # rollout: G passes over the same tokens
-            noise = torch.rand(len(c.moe_layers), s.group * inputs.numel(), generator=generator, device=s.device)
-            rollout = Rollout(allocators, noise)
+            # the noise of all ranks' tokens, so that a token's draw does not depend on how many ranks there are
+            noise = torch.rand(len(c.moe_layers), s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
+            rollout = Rollout(allocators, noise[:, :, mine].flatten(1))
             with torch.no_grad():
                 reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)                    # (G,P), (P,)
             z, k, logp_old = rollout.z, rollout.k, rollout.logp                 # (L,G*P,n_in), (L,G*P), (L,G*P)
@@ -827,27 +1114,29 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
             for _ in range(s.epochs):
                 logits = allocators.logits(slice(None), z)                                                  # (L,G*P,A)
                 loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price if s.cost == 'loss' else 0, s.clip, s.entropy)
+                stats = averaged({**stats, 'argmax_k': (1 + logits.argmax(-1)).float().mean().item(), 'reward': reward.mean().item(),
+                                  'adv_std': adv.std().item(), 'stop': float(interrupt.asked)})
                 if not math.isfinite(stats['loss']):
                     raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}; is there a NaN in the base model?')
                 optimizer.zero_grad()
                 loss.backward()
+                average_gradients(allocators.parameters())
                 optimizer.step()
 
             # price: up while the argmax policy runs too many experts, down while too few
-            argmax_k = (1 + logits.argmax(-1)).float().mean().item()
+            argmax_k, stop = stats['argmax_k'], stats.pop('stop') > 0           # all ranks stop, or none
             if s.lam is None:
                 price *= math.exp(s.price_rate * (argmax_k - target) / c.top_k)
             probed = {}
             if step % 20 == 0 or step == s.ppo_steps:
                 nats, tally = evaluate(model, probe, AdaK(allocators))
                 numbers = probed = {'delta': (nats - probe_topk).mean().item(), 'probe_k': tally.mean()}
-            log.append({'step': step, 'reward': reward.mean().item(), 'adv_std': adv.std().item(), 'argmax_k': argmax_k,
-                        'price': price, **stats, **probed})
-            progress(step, step * s.group * inputs.numel(), loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
+            log.append({'step': step, 'price': price, **stats, **probed})
+            progress(step, step * s.group * s.ppo_batch * s.seq, loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
 
-            if state and (step % s.save_every == 0 or step == s.ppo_steps or interrupt.asked):
+            if state and rank == 0 and (step % s.save_every == 0 or step == s.ppo_steps or stop):
                 save_state(state, s, facts, allocators, optimizer, generator, log)
-            if interrupt.asked:
+            if stop:
                 raise KeyboardInterrupt
 
 
@@ -932,8 +1221,14 @@ def figures(out, log, rows, top_k, target):
 # ================================================================ the whole run
 
 def main(argv=None):
-    s = parse(argv)
-    out = open_out(s.out)
+    s, planned = parse(argv)
+    if planned:
+        return print(plan_table(plan(s)))
+    s.device = join(s.device)
+    rank, size = ranks()
+    if s.ppo_batch % size:
+        raise InputError(f'--ppo-batch {s.ppo_batch}: {size} ranks cannot take the same number of sequences each')
+    out = open_out(s.out) if rank == 0 else Path(s.out)
     torch.manual_seed(s.seed)
     seconds, clock = {}, time.time()
 
@@ -958,6 +1253,8 @@ def main(argv=None):
     try:
         train_ppo(s, model, allocators, text, calibration, log, state)
     except KeyboardInterrupt:
+        if rank:
+            sys.exit(130)
         allocators.save(out / 'allocator.safetensors')         # usable as they are
         write_log(out / 'log.csv', log)
         print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; {out / "allocator.safetensors"} holds the allocators so far, '
@@ -969,32 +1266,48 @@ def main(argv=None):
         windows = calibration.windows(s.seq, s.calibration_tokens)
         price = calibrate(model, windows, lambda knob: AdaK(allocators, price=knob), 0.995 * s.budget * c.top_k, 5, -5)
         allocators.price.fill_(price)
-    allocators.save(out / 'allocator.safetensors')
-    write_log(out / 'log.csv', log)
+    if rank == 0:
+        allocators.save(out / 'allocator.safetensors')
+        write_log(out / 'log.csv', log)
     rows = compare(s, model, allocators, calibration, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     bpb = bits_per_byte(torch.tensor(rows[0]['loss'] * windows[1].numel(), dtype=torch.float64), windows, tokenizer)
     lap('evaluation')
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 # kB on Linux
+    peaks = gathered(peak)
+    if rank:
+        return
     print(table(rows))
     print(f'base model: {bpb:.3f} bits per byte on held-out text')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 # kB on Linux
-    write_json(out / 'results.json', {'run': out.name, 'seed': s.seed, 'config': asdict(s), 'seconds': seconds, 'peak_gb': peak,
+    write_json(out / 'results.json', {'run': out.name, 'seed': s.seed, 'config': asdict(s), 'seconds': seconds, 'peak_gb': max(peaks), 'ranks': size,
                                       'bits_per_byte': bpb, 'allocator_params': allocators.n_params(), 'rows': rows})
     state.unlink()                                             # the run is complete
     figures(out, log, rows, c.top_k, s.budget * c.top_k if s.lam is None else None)
-    print(f'{sum(seconds.values()):.0f} s, {peak:.1f} GB; wrote {", ".join(sorted(p.name for p in out.iterdir()))} in {out}')
+    print(f'{sum(seconds.values()):.0f} s, {max(peaks):.1f} GB{" on each rank" * (size > 1)}; wrote {", ".join(sorted(p.name for p in out.iterdir()))} in {out}')
 
 
 def one_line_errors(script, main, argv):
     """main(argv); a wrong input or a failing disk ends in one line on stderr and exit status 2."""
     try:
         main(argv)
+        return
     except InputError as e:
-        print(f'{script}: {e}', file=sys.stderr)
-        sys.exit(2)
+        line = str(e)
     except OSError as e:
-        print(f'{script}: {e.filename or "writing"}: {e.strerror or e}; files that were complete before still are', file=sys.stderr)
-        sys.exit(2)
+        line = f'{e.filename or "writing"}: {e.strerror or e}; files that were complete before still are'
+    except (MemoryError, RuntimeError) as e:
+        cause = str(e).splitlines()[0][:200] if str(e) else 'out of memory'
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in cause:
+            line = f'memory ran out ({cause}): --plan says what is needed; --stream, a smaller --ppo-batch or --seq need less'
+        elif dist.is_initialized() and re.search('(?i)connection|nccl|gloo|timed out', cause):
+            line = f'another rank is gone ({cause}); train.py --resume goes on from the last saved state'
+        else:
+            raise
+    if ranks()[0]:
+        time.sleep(3)                                          # most errors are every rank's: rank 0 says them, and torchrun ends the others
+        line = f'rank {ranks()[0]}: {line}'
+    print(f'{script}: {line}', file=sys.stderr)
+    sys.exit(2)
 
 
 def command_line(argv=None):

@@ -48,7 +48,7 @@ def test_second_run_reuses_the_base_and_gives_the_same_results(smoke):
 
 def test_the_base_is_bit_identical_after_training(smoke):
     out, _ = smoke
-    s = train.parse(['--preset', 'smoke'])
+    s, _ = train.parse(['--preset', 'smoke'])
     model, tokenizer, (text, calibration, _) = train.base_model(s, out)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     allocators = train.new_allocators(s, model, text)
