@@ -36,7 +36,7 @@ from model import (Config, InputError, Tokenizer, Transformer, fingerprint, gene
                    write_json, write_safetensors)
 from moe_dispatch import flops
 from train import (PAPER, PRESETS, OneLineParser, Settings, Text, base_folder, base_model, calibrate, check_budget, clustered_error, default_device,
-                   evaluate, load_model, new_allocators, new_model, one_line_errors, open_device, open_out, plt, read_documents, run_settings,
+                   evaluate, join, load_model, new_allocators, new_model, one_line_errors, open_device, open_out, plt, read_documents, run_settings,
                    save_figure, split_documents, train_ppo, train_soft)
 
 
@@ -1072,6 +1072,7 @@ def parse(argv):
 
 def main(argv=None):
     a = parse(argv)
+    a.device = join(a.device)
     if a.frontier is not None:
         frontier(a)
     elif a.ablations is not None:

@@ -1290,6 +1290,8 @@ def one_line_errors(script, main, argv):
     """main(argv); a wrong input or a failing disk ends in one line on stderr and exit status 2."""
     try:
         main(argv)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
     except InputError as e:
         line = str(e)
