@@ -5,6 +5,7 @@
     python bench.py --run out/tiny                                     a trained run on its own held-out text -> out/tiny/bench.json
     python bench.py --run out/tiny --prompt "def main(" --show         text by the trained allocators, coloured by k
     python bench.py --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"    any static k, no training needed
+    python bench.py --run out/tiny --tasks arc_easy,hellaswag          tasks of lm-evaluation-harness -> out/tiny/tasks.json
 
 Tables: *dispatch* (every path and transformers' own, where it is installed, on the same weights and ids), *roofline* (its bytes and
 FLOPs against what this machine reaches) and *model* (a whole model, Top-K against allocators that run fewer experts, allocator
@@ -12,11 +13,17 @@ time included). Every number is a median over rounds in which all candidates run
 a ratio of medians. Smaller is not always faster: read the spread.
 """
 import argparse
+import contextlib
+import difflib
+import functools
 import io
 import itertools
 import keyword
+import logging
 import math
+import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -35,9 +42,9 @@ from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, RandomM
 from model import (Config, InputError, Tokenizer, Transformer, fingerprint, generate, generate_steps, read_config, read_json, read_safetensors,
                    write_json, write_safetensors)
 from moe_dispatch import flops
-from train import (PAPER, PRESETS, OneLineParser, Settings, Text, base_folder, base_model, calibrate, check_budget, clustered_error, default_device,
-                   evaluate, join, load_model, new_allocators, new_model, one_line_errors, open_device, open_out, plt, read_documents, run_settings,
-                   save_figure, split_documents, train_ppo, train_soft)
+from train import (PAPER, PRESETS, OneLineParser, Progress, Settings, Text, base_folder, base_model, calibrate, check_budget, check_ranks,
+                   clustered_error, default_device, evaluate, gathered, join, load_model, new_allocators, new_model, one_line_errors, open_device,
+                   open_out, plt, ranks, read_documents, run_settings, save_figure, split_documents, train_ppo, train_soft)
 
 
 # ================================================================ timing
@@ -453,9 +460,13 @@ def bench(a):
     print(f'{time.time() - start:.0f} s; wrote bench.json, dispatch.png, roofline.png and model.png in {out}')
 
 
-def opened_settings(a, **others):
-    """The Settings of --run, or of --ckpt alone with `others`, on the device and the checkpoint of the command line."""
-    s = run_settings(a.run) if a.run else Settings(**others)
+def opened_settings(a, finished=True, **others):
+    """The Settings of --run, or with `others` where there is no run, on the device and the checkpoint of the command line.
+
+    `finished`: InputError unless the run is. An interrupted one has a base and allocators too.
+    """
+    known = a.run and (finished or (Path(a.run) / 'results.json').exists())
+    s = run_settings(a.run) if known else Settings(**others)
     return replace(s, device=a.device, stream=a.stream, ckpt=a.ckpt or s.ckpt)
 
 
@@ -497,7 +508,7 @@ class Study:
     def measured(self, name, policy_of):
         """(loss (n,), counts (L,k_max+1)) of policy_of() on the held-out windows, from the folder if it is there."""
         path = self.folder / f'{plain(name)}.row'
-        if path.exists():
+        if there(path):
             tensors, _ = read_safetensors(path)
         else:
             torch.manual_seed(self.s.seed)                     # for the policies that draw
@@ -517,7 +528,7 @@ class Study:
         `changes` are to the run's Settings; prepare(allocators) may change the start.
         """
         path = self.folder / f'{plain(kind)}-{budget}-seed{seed}.safetensors'
-        if not path.exists():
+        if not there(path):
             s = replace(self.s, **{'budget': budget, 'seed': seed, 'lam': None, **changes})
             print(f'training {path.stem}', flush=True)
             allocators = new_allocators(s, self.model, self.text)
@@ -528,6 +539,7 @@ class Study:
             elif kind != 'p-warm':
                 train_ppo(s, self.model, allocators, self.text, self.calibration, [])
             allocators.save(path)
+            gathered('saved')
         return Allocators.load(path, self.model.config).to(self.s.device)
 
 
@@ -536,12 +548,18 @@ def plain(name):
     return re.sub(r'[^a-z0-9.]+', '-', name.lower())
 
 
+def there(path):
+    """Is the file there? Rank 0's answer for all ranks, which must then do the same."""
+    return gathered(path.exists())[0]
+
+
 def open_study(a, name):
     """The Study of --run or --ckpt; its folder belongs to one base model, one text and one recipe, InputError names what differs."""
     s = opened_settings(a, **PRESETS['smoke' if a.quick else 'tiny'])
     out = Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}'))
     model, tokenizer, texts = base_model(s, out)
     check_budget(replace(s, budget=min(BUDGETS), lam=None), model.config.top_k)
+    check_ranks(s)
     study = Study(s, model, tokenizer, *texts, open_out(out / name))
     facts = {'base': fingerprint(base_folder(s, out)), 'text': [len(t.tokens) for t in texts],
              **{field: value for field, value in asdict(s).items() if field not in ('out', 'fresh', 'budget', 'lam', 'seed', 'device', 'ckpt', 'stream')}}
@@ -624,7 +642,7 @@ def frontier(a):
         add('static k', k / K, [measurement])
     for b in budgets:
         at = f'{b}'
-        if not (study.folder / f'per-layer-{at}.row').exists():
+        if not there(study.folder / f'per-layer-{at}.row'):
             greedy = greedy or greedy_layers(study)
         add('random mix', b, [study.measured(f'random-mix-{at}', lambda: RandomMix(b * K))])
         add('per-layer static k', b, [study.measured(f'per-layer-{at}', lambda: PerLayer(between(greedy, b * K * study.L)))])
@@ -641,7 +659,8 @@ def frontier(a):
             add(name, b, done, allocators.weight.numel())
         dialled('P-Warm only', lambda seed: study.allocators('p-warm', BUDGETS[1], seed, **published))
         dialled('published recipe, dialled', lambda seed: study.allocators('paper', BUDGETS[1], seed, **published))
-        dialled('learnt without RL', lambda seed: study.allocators('no-rl', b, seed), 3)
+        if type(model) is Transformer:                         # a backward pass needs all weights at once
+            dialled('learnt without RL', lambda seed: study.allocators('no-rl', b, seed), 3)
         dialled('Ada-K, dialled', lambda seed: study.allocators('ada-k', BUDGETS[1], seed), 3)
         dialled('Ada-K', lambda seed: study.allocators('ada-k', b, seed), 3)
         lead(study, rows, paired, b)
@@ -667,11 +686,11 @@ def lead(study, rows, paired, budget):
     here = [i for i, r in enumerate(rows) if abs(r['budget'] - budget) < 1e-9]
     ada = next(i for i in here if rows[i]['method'] == 'Ada-K')
     free = min((i for i in here if rows[i]['method'] in TRAINING_FREE), key=lambda i: rows[i]['delta'])
-    no_rl = next(i for i in here if rows[i]['method'] == 'learnt without RL')
+    no_rl = [i for i in here if rows[i]['method'] == 'learnt without RL']
     static = {round(r['mean_k']): r['delta'] for r in rows if r['method'] == 'static k'}
     below = min(math.floor(budget * study.K), study.K - 1)
     slope = static[below + 1] - static[below]                                   # nats per expert, below 0
-    for name, other in (('best_free', free), ('no_rl', no_rl)):
+    for name, other in [('best_free', free), *(('no_rl', i) for i in no_rl)]:
         difference = (paired[ada].mean(0) - paired[other].mean(0)).numpy()
         seeds = math.hypot(*(rows[i]['seed_std'] / rows[i]['seeds'] ** 0.5 for i in (ada, other)))
         rows[ada][name] = {'method': rows[other]['method'], 'difference': difference.mean(),
@@ -689,6 +708,8 @@ def frontier_table(rows):
         lines.append([method, str(max(r['seeds'] for r in mine.values())), *(show(mine[b]) if b in mine else '' for b in budgets)])
     ada = {r['budget']: r for r in rows if r['method'] == 'Ada-K'}
     for name, title in (('best_free', 'Ada-K minus the best row without training'), ('no_rl', 'Ada-K minus learnt without RL')):
+        if name not in ada[budgets[0]]:
+            continue
         lines.append([f'*{title}, at equal mean k*', '', *(f'*{1000 * ada[b][name]["at_equal_k"]:+.1f} ± {1000 * ada[b][name]["se"]:.1f}*' for b in budgets)])
     return markdown(['10⁻³ nats/token, minus Top-K', 'seeds', *(f'{b:g} K' for b in budgets)], lines)
 
@@ -705,6 +726,8 @@ def frontier_figure(path, rows):
     skip = {r['budget']: r['delta'] for r in rows if r['method'] == 'expert skipping'}
     for method, (color, marker, line) in LOOKS.items():
         mine = sorted((r for r in rows if r['method'] == method and r['expert_flops'] < 1), key=lambda r: r['expert_flops'])
+        if not mine:
+            continue
         if method != 'oracle (hindsight)':
             a.errorbar([r['expert_flops'] for r in mine], [r['delta'] for r in mine], [r['delta_se'] for r in mine], color=color, marker=marker,
                        linestyle=line, label=method, markersize=5)
@@ -1008,7 +1031,7 @@ def coloured(model, tokenizer, tokens, policy):
 
 def generation(a):
     """Continue the prompt, printing text as it comes, then speed and mean k."""
-    s = opened_settings(a)
+    s = opened_settings(a, finished=False)
     folder = base_folder(s, Path(a.run or ''))
     tokenizer, c = Tokenizer(folder), read_config(folder)
     policy = make_policy(a.policy or ('ada-k' if a.run else 'top-k'), c, a.run, a.device)
@@ -1040,6 +1063,260 @@ def generation(a):
         print(coloured(model, tokenizer, torch.tensor([ids + new], device=a.device), policy))
 
 
+# ================================================================ tasks of lm-evaluation-harness
+
+class Tally(Counted):
+    """A policy with a tally of real tokens; `lengths` has the number of them in each sequence that ran."""
+
+    def __init__(self, policy, n_layers, device):
+        super().__init__(policy, n_layers, device)
+        self.lengths = []
+
+
+class RealOnly:
+    """A tally's policy for one batch: padding, and rows that have ended, run one expert and do not count.
+
+    real (B*T,) bool, or (B,) for all tokens of a row; it may change in place between passes.
+    """
+
+    def __init__(self, tally, real):
+        self.tally, self.real, self.k_max = tally, real, tally.k_max
+
+    def __call__(self, layer, x, probs):
+        real, k = self.real.repeat_interleave(len(x) // len(self.real)), self.tally.policy(layer, x, probs)
+        self.tally.counts[layer].scatter_add_(0, k, real.long())
+        return torch.where(real, k, 1)
+
+
+def hidden_states(model, batches, tally):
+    """The hidden states (B,T,C) of each batch, a list of B tuples of ids, the longest first; shorter ones are padded on the right."""
+    passes = []
+    for inputs in batches:
+        lengths = [len(ids) for ids in inputs]
+        tokens = torch.tensor([ids + (0,) * (lengths[0] - len(ids)) for ids in inputs])         # (B,T)
+        real = torch.arange(lengths[0]) < torch.tensor(lengths)[:, None]                        # (B,T)
+        tally.lengths += lengths
+        passes.append((tokens.to(model.device), RealOnly(tally, real.flatten().to(model.device))))
+    return model.hidden_of(passes)
+
+
+@torch.no_grad()
+def score(model, requests, tally, batch=8192, stage='score'):
+    """[(log p of the continuation in nats, is it what greedy decoding gives?), ..] of requests [(context ids, continuation ids), ..].
+
+    Neither may be empty. Too long a context loses its left end, down to one token. A pass has at most `batch` tokens with
+    padding, or one sequence; requests with the same input, such as choices of one token, share its pass. Ranks share the inputs.
+    """
+    (rank, size), own = ranks(), Tally(tally.policy, len(tally.counts), model.device)
+    askers, longest, visits = {}, model.config.max_len, []     # askers: input -> the requests that read it
+    for i, (context, continuation) in enumerate(requests):
+        askers.setdefault(tuple((context + continuation)[:-1][-max(longest, len(continuation)):]), []).append(i)
+    order = sorted(askers, key=len, reverse=True)[rank::size]  # neighbours in length, so little is padding
+    while order:
+        inputs, order = order[:(n := max(1, batch // len(order[0])))], order[n:]
+        if not visits or sum(len(batch) * len(batch[0]) for batch in visits[-1]) >= model.tokens_per_visit:
+            visits.append([])
+        visits[-1].append(inputs)
+    logp, greedy = torch.zeros(len(requests), dtype=torch.double), torch.ones(len(requests), dtype=torch.bool)
+    done, progress = 0, Progress(stage, len(requests))
+    for batches in visits:
+        for inputs, hidden in zip(batches, hidden_states(model, batches, own)):
+            # every token to predict: its row, the place that predicts it, its id, its request
+            wanted = [(b, len(ids) - len(requests[i][1]) + j, token, i)
+                      for b, ids in enumerate(inputs) for i in askers[ids] for j, token in enumerate(requests[i][1])]
+            for part in torch.tensor(wanted).split(max(1, 2 ** 28 // model.config.n_vocab)):    # logits of 1 GB at most
+                (b, place, y), i = part[:, :3].T.to(model.device), part[:, 3]                   # (n,) each
+                logits = model.lm_head(hidden[b, place]).float()                                # (n,V)
+                logp.index_add_(0, i, -F.cross_entropy(logits, y, reduction='none').cpu().double())
+                greedy[i[(logits.argmax(-1) != y).cpu()]] = False
+            done += size * sum(len(askers[ids]) for ids in inputs)
+            progress(min(done, len(requests)), size * sum(own.lengths), mean_k=own.mean())
+    for _ in range(max(gathered(len(visits))) - len(visits)):  # every rank visits the layers as often
+        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    for their_logp, their_greedy, counts, lengths in (parts := gathered((logp, greedy, own.counts.cpu(), own.lengths))):
+        tally.counts += counts.to(model.device)
+        tally.lengths += lengths
+    logp, greedy = sum(part[0] for part in parts), torch.stack([part[1] for part in parts]).all(0)
+    return list(zip(logp.tolist(), greedy.tolist()))
+
+
+@torch.no_grad()
+def write_until(model, tokenizer, prompts, stops, n, temperature, tally, generator):
+    """The texts behind B prompts of one length, at most n tokens each, up to eos or the first of its stop strings; stops: B lists.
+
+    A stop string is looked for in the bytes of the text so far, so it may begin and end inside tokens.
+    """
+    raw, steps, going = [b''] * len(prompts), [0] * len(prompts), [True] * len(prompts)
+    running = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    for new in generate_steps(model, torch.tensor(prompts, device=model.device), n, RealOnly(tally, running), temperature, generator):
+        for b, token in enumerate(new.flatten().tolist()):
+            if going[b]:
+                raw[b] += tokenizer.bytes_of_id.get(token, b'') if token != tokenizer.eos else b''
+                ends = [at for stop in stops[b] if (at := raw[b].find(stop.encode())) >= 0]
+                raw[b], steps[b], going[b] = raw[b][:min(ends, default=None)], steps[b] + 1, token != tokenizer.eos and not ends
+        running.copy_(torch.tensor(going))                     # in place: a CUDA graph may hold it
+        if not any(going):
+            break
+    tally.lengths += [len(ids) + m - 1 for ids, m in zip(prompts, steps)]       # the last token of a text is not run
+    return [text.decode('utf-8', errors='replace').removeprefix(' ' if tokenizer.spm else '') for text in raw]     # as Tokenizer.decode
+
+
+class Answers:
+    """What lm-eval asks of a model: requests with texts as `args` in, one answer each out. One object per task and policy.
+
+    Texts become tokens as with the harness's own models, so that numbers compare: a bos in front where the family's tokenizer
+    puts one (Qwen's does not, though config.json names one), and bos, or else eos, for an empty context.
+    """
+
+    def __init__(self, model, tokenizer, policy, stage, seed=0):
+        super().__init__()
+        self.model, self.tokenizer, self.stage, self.max_len = model, tokenizer, stage, model.config.max_len
+        self.tally = Tally(policy, len(model.config.moe_layers), model.device)
+        self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.first = [tokenizer.bos] * (tokenizer.bos is not None and not model.config.model_type.startswith('qwen'))
+        self.empty = [i for i in (tokenizer.bos, tokenizer.eos) if i is not None][:1]
+        if not self.empty:
+            raise InputError('--tasks: config.json names neither bos nor eos, and an empty context needs one')
+
+    def pair(self, context, continuation):
+        """(context ids, continuation ids): encoded as one text, cut behind the context; white space between them is the continuation's."""
+        text, stem = self.tokenizer.encode(context + continuation), self.tokenizer.encode(context.rstrip())
+        if not stem:
+            return self.empty, text
+        ids, n = self.first + text, len(self.first) + min(len(stem), len(text) - 1)     # a token across the cut is the continuation's
+        return ids[:n] or self.empty, ids[n:]
+
+    def loglikelihood(self, requests):
+        return score(self.model, [self.pair(*r.args) for r in requests], self.tally, stage=self.stage)
+
+    def loglikelihood_rolling(self, requests):
+        """log p of whole texts, a long one in windows of max_len: every token predicted once, the last window full of context."""
+        pairs, owner, logp = [], [], [0.0] * len(requests)
+        for i, r in enumerate(requests):
+            ids = self.empty + self.tokenizer.encode(r.args[0])
+            for at in range(1, len(ids), self.max_len):
+                pairs.append((ids[max(0, at - self.max_len):at], ids[at:at + self.max_len]))
+                owner.append(i)
+        for i, (nats, _) in zip(owner, score(self.model, pairs, self.tally, stage=self.stage)):
+            logp[i] += nats
+        return logp
+
+    def generate_until(self, requests, batch=8192):
+        groups, texts, done, progress = {}, [''] * len(requests), 0, Progress(self.stage, len(requests))
+        for i, r in enumerate(requests):                       # prompts of one length need no padding
+            context, how = r.args
+            n, until = how.get('max_gen_toks', how.get('max_new_tokens', 256)), how.get('until') or []
+            temperature = 0.0 if how.get('do_sample') is False else how.get('temperature', 1.0 if how.get('do_sample') else 0.0)
+            if temperature and how.keys() & {'top_p', 'top_k'}:
+                raise InputError(f'--tasks: {self.stage}: samples with top_p or top_k, which is not supported')
+            if n >= self.max_len:
+                raise InputError(f'--tasks: {self.stage}: {n} new tokens leave no room for a prompt, the model\'s length is {self.max_len}')
+            ids = (self.first + self.tokenizer.encode(context) or self.empty)[n - self.max_len:]
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+            groups.setdefault((len(ids), n, temperature), []).append((i, ids, stops))
+        for (T, n, temperature), group in groups.items():
+            size = max(1, batch // (T + n))
+            for at in range(0, len(group), size):
+                where, prompts, stops = zip(*group[at:at + size])
+                for i, text in zip(where, write_until(self.model, self.tokenizer, prompts, stops, n, temperature, self.tally, self.generator)):
+                    texts[i] = text
+                done += len(prompts)
+                progress(done, sum(self.tally.lengths), mean_k=self.tally.mean())
+        return texts
+
+
+def open_harness():
+    """The package lm_eval, made quiet; InputError where it is not installed."""
+    try:
+        import lm_eval.api.model
+        import lm_eval.evaluator
+        import lm_eval.tasks
+        import tqdm
+    except ImportError as e:
+        raise InputError(f'--tasks: {e}; it needs the harness: pip install lm-eval') from None
+    os.environ.setdefault('DISABLE_MULTIPROC', '1')            # its bootstrap would fork this process
+    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    for name in ('lm_eval', 'datasets', 'huggingface_hub', 'evaluate'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return lm_eval
+
+
+def find_tasks(lm_eval, names, shots):
+    """{name: what lm_eval's evaluate takes} of names of tasks and groups and paths of .yaml files; a tag becomes its tasks. Fetches the data."""
+    manager = lm_eval.tasks.TaskManager(include_defaults=not all(name.endswith('.yaml') for name in names))      # reads 14,000 files
+    if missing := [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]:
+        close = difflib.get_close_matches(missing[0], manager.all_tasks, 1)
+        raise InputError(f'--tasks {missing[0]}: no such task, and no such .yaml file' + (f'; is it {close[0]}?' if close else ''))
+    found = {}
+    for name in names:
+        try:
+            loaded = manager.load([name])
+            for task in loaded['tasks'].values():
+                if shots is not None and task.get_config('num_fewshot') != 0:                   # a 0 is part of the task
+                    task.set_config('num_fewshot', shots)
+                task.build_all_requests(limit=1)               # so that what is wrong is known now
+        except Exception as e:                                 # no network, a broken .yaml, a package that the task wants
+            raise InputError(f'--tasks {name}: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from None
+        if any(getattr(task, what, False) for task in loaded['tasks'].values() for what in ('UNSAFE_CODE', 'MULTIMODAL')):
+            raise InputError(f'--tasks {name}: runs code that the model writes, or needs more than text; neither is supported')
+        found.update({name: loaded} if loaded.get('groups') else {task: {'tasks': {task: loaded['tasks'][task]}} for task in loaded['tasks']})
+    return found
+
+
+def task_rows(results, tally, c):
+    """One dict per metric of each task, or group of tasks, in lm_eval's results; mean k and FLOPs, over Top-K's, are of all that ran together."""
+    T = sum(n * n for n in tally.lengths) / sum(tally.lengths)                  # the length of a token's sequence, mean over tokens
+    params = tally.policy.allocators.weight.numel() if isinstance(tally.policy, AdaK) else 0
+    cost, topk, rows = flops(c, tally.mean(), T, params), flops(c, c.top_k, T), []
+    for task, metrics in results['results'].items():
+        for key, value in metrics.items():
+            metric, _, kept = key.partition(',')               # 'acc,none': accuracy, every answer as it came
+            if kept and not metric.endswith('_stderr'):
+                stderr = metrics.get(f'{metric}_stderr,{kept}')
+                rows.append({'task': task, 'version': results['versions'].get(task), 'shots': results['n-shot'].get(task), 'n': metrics['sample_len'],
+                             'metric': metric if kept == 'none' else f'{metric} ({kept})', 'value': float(value),
+                             'stderr': stderr if isinstance(stderr, float) else None, 'mean_k': tally.mean(), 'mean_length': T,
+                             'expert_flops': cost['experts'] / topk['experts'], 'total_flops': cost['total'] / topk['total']})
+    return rows
+
+
+def task_lines(rows, policies):
+    """The table: one line per task and metric, policies side by side; FLOPs are those of the last."""
+    score = lambda r: f'{r["value"]:.4f}' + (f' ± {r["stderr"]:.4f}' if r['stderr'] is not None else '')
+    cases = {}
+    for r in rows:
+        cases.setdefault((r['unit'], r['task'], r['metric']), []).append(r)
+    return markdown(['task', 'shots', 'n', 'metric', *policies, *(f'mean k, {name}' for name in policies), 'expert FLOPs', 'total FLOPs'],
+                    [[task, str(r[-1]['shots']), str(r[-1]['n']), metric, *map(score, r), *(f'{one["mean_k"]:.3f}' for one in r),
+                      f'{r[-1]["expert_flops"]:.3f}', f'{r[-1]["total_flops"]:.3f}'] for (_, task, metric), r in cases.items()])
+
+
+def bench_tasks(a):
+    """Tasks of lm-evaluation-harness under Top-K and, beside it, the run's allocators or --policy -> tasks.json, written after every task."""
+    s = opened_settings(a, finished=False)
+    folder = base_folder(s, Path(a.run or ''))
+    tokenizer, c = Tokenizer(folder), read_config(folder)
+    names = dict.fromkeys(['top-k', a.policy or ('ada-k' if a.run else 'top-k')])
+    policies = {name: make_policy(name, c, a.run, a.device) for name in names}
+    lm_eval, out = open_harness(), open_out(a.out or a.run or f'out/{Path(a.ckpt).name}')
+    units = find_tasks(lm_eval, list(dict.fromkeys(a.tasks.split(','))), a.shots)
+    Model = type('Model', (Answers, lm_eval.api.model.LM), {})
+    model, rows = load_model(s, folder), []
+    for unit, tasks in units.items():
+        for name, policy in policies.items():
+            start, lm = time.time(), Model(model, tokenizer, policy, f'{unit} {name}', a.seed)
+            random.seed(0)                                     # the harness's own seeds: its prompts, and the same ones for both policies
+            for seed in (np.random.seed, torch.manual_seed, *(task.set_fewshot_seed for task in tasks['tasks'].values())):
+                seed(1234)
+            with contextlib.redirect_stdout(io.StringIO()):    # lm_eval prints
+                results = lm_eval.evaluator.evaluate(lm, tasks, limit=a.limit, bootstrap_iters=1000, log_samples=False)
+            rows += [{'unit': unit, 'policy': name, **r, 'seconds': time.time() - start} for r in task_rows(results, lm.tally, c)]
+        write_json(out / 'tasks.json', {'lm_eval': lm_eval.__version__, 'torch': torch.__version__, 'ckpt': str(folder), 'run': a.run,
+                                        'limit': a.limit, 'seed': a.seed, 'K': c.top_k, 'rows': rows})
+    print(task_lines(rows, policies))
+    print(f'lm-eval {lm_eval.__version__}; wrote tasks.json in {out}')
+
+
 # ================================================================ command line
 
 def parse(argv):
@@ -1049,6 +1326,9 @@ def parse(argv):
     p.add_argument('--frontier', metavar='RUN', nargs='?', const='', help='every policy at every budget on the base of RUN or --ckpt')
     p.add_argument('--ablations', metavar='RUN', nargs='?', const='', help='one change of the recipe at a time, few steps')
     p.add_argument('--analysis', metavar='RUN', help='what the allocators of RUN learnt: figures and findings')
+    p.add_argument('--tasks', metavar='NAME[,NAME]', help='tasks of lm-evaluation-harness, or paths of its .yaml files; needs pip install lm-eval')
+    p.add_argument('--limit', type=int, help='of --tasks: the first so many examples of each task')
+    p.add_argument('--shots', type=int, help='of --tasks: examples in the prompt (default: as the task says)')
     p.add_argument('--prompt', help='continue this text instead of timing the model')
     p.add_argument('--quick', action='store_true', help='tiny sizes and few rounds, for tests')
     p.add_argument('--out', help='folder of bench.json and figures (default: the run folder, or out)')
@@ -1061,11 +1341,13 @@ def parse(argv):
     p.add_argument('--show', action='store_true', help='print the text once more, each token coloured by its k')
     a = p.parse_args(argv)
     a.run = a.frontier or a.ablations or a.analysis or a.run
-    if any(given is not None for given in (a.prompt, a.frontier, a.ablations)) and not a.ckpt and not a.run:
+    if any(given is not None for given in (a.prompt, a.tasks, a.frontier, a.ablations)) and not a.ckpt and not a.run:
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     if a.tokens < 1 or not 0 <= a.temperature < float('inf'):
         raise InputError('--tokens must be 1 or more, --temperature 0 or more')
     a.device = a.device or (default_device() if a.ckpt else 'cpu')
+    if (a.limit is not None and a.limit < 1) or (a.shots is not None and a.shots < 0):
+        raise InputError('--limit must be 1 or more, --shots 0 or more')
     open_device(a.device)
     return a
 
@@ -1073,12 +1355,16 @@ def parse(argv):
 def main(argv=None):
     a = parse(argv)
     a.device = join(a.device)
+    if ranks()[1] > 1 and (a.analysis or not (a.run or a.ckpt)):
+        raise InputError('--analysis and the tables of random weights are for one process: run them without torchrun')
     if a.frontier is not None:
         frontier(a)
     elif a.ablations is not None:
         ablations(a)
     elif a.analysis:
         analysis(a)
+    elif a.tasks is not None:
+        bench_tasks(a)
     elif a.prompt is not None:
         generation(a)
     elif a.run or a.ckpt:

@@ -339,11 +339,11 @@ class Transformer(nn.Module):
         return iter(self.layers)
 
     def hidden_of(self, passes, cache=None):
-        """[(tokens (B,T) int64, choose_k), ..], one T -> the last hidden states (B,T,C) of each, what the head reads.
+        """[(tokens (B,T) int64, choose_k), ..] -> the last hidden states (B,T,C) of each, what the head reads.
 
         All passes go through a layer before any goes on to the next, so that they share what bringing its weights costs.
         """
-        T = passes[0][0].shape[1]
+        T = max(tokens.shape[1] for tokens, _ in passes)
         xs = [self.embed_tokens(tokens) for tokens, _ in passes]                                # (B,T,C) each
         positions = torch.arange(T, device=self.device) if cache is None else cache.positions(T)    # (T,)
         rope = rope_table(self.config, positions, xs[0].dtype)
@@ -351,7 +351,8 @@ class Transformer(nn.Module):
         moe_layer = 0
         for layer in self.visit():
             for i, (_, choose_k) in enumerate(passes):
-                xs[i] = layer(xs[i], rope, mask, cache, moe_layer, choose_k)
+                own = [table[:xs[i].shape[1]] for table in rope]                                # passes may differ in T
+                xs[i] = layer(xs[i], own, mask, cache, moe_layer, choose_k)
             moe_layer += not layer.dense
         if cache is not None:
             cache.advance(T)
@@ -558,7 +559,12 @@ DTYPES = dict(BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I
 
 
 def write_whole(path, write):
-    """Call write(f) on a new file and then rename it to `path`: a reader sees the old file or the new one, never a part."""
+    """Call write(f) on a new file and then rename it to `path`: a reader sees the old file or the new one, never a part.
+
+    Of several ranks only rank 0 writes.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     path = Path(path)
     new = path.with_name(f'{path.name}.{os.getpid()}.new')
     try:

@@ -225,7 +225,7 @@ def open_out(name):
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / '.writable', lambda f: None)
-        (out / '.writable').unlink()
+        (out / '.writable').unlink(missing_ok=True)            # several ranks look at once
     except OSError as e:
         raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
     return out
@@ -306,6 +306,12 @@ def same_everywhere(what, value):
     """InputError unless all ranks have this value."""
     if other := [i for i, theirs in enumerate(gathered(value)) if theirs != value]:
         raise InputError(f'{what} is another one on rank {other[0]} than on rank {ranks()[0]}')
+
+
+def check_ranks(s):
+    """InputError unless the ranks can share a batch evenly."""
+    if s.ppo_batch % ranks()[1]:
+        raise InputError(f'--ppo-batch {s.ppo_batch}: {ranks()[1]} ranks cannot take the same number of sequences each')
 
 
 def averaged(numbers):
@@ -1134,7 +1140,7 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
             log.append({'step': step, 'price': price, **stats, **probed})
             progress(step, step * s.group * s.ppo_batch * s.seq, loss=stats['loss'], argmax_k=argmax_k, price=price, **numbers)
 
-            if state and rank == 0 and (step % s.save_every == 0 or step == s.ppo_steps or stop):
+            if state and (step % s.save_every == 0 or step == s.ppo_steps or stop):
                 save_state(state, s, facts, allocators, optimizer, generator, log)
             if stop:
                 raise KeyboardInterrupt
@@ -1226,9 +1232,8 @@ def main(argv=None):
         return print(plan_table(plan(s)))
     s.device = join(s.device)
     rank, size = ranks()
-    if s.ppo_batch % size:
-        raise InputError(f'--ppo-batch {s.ppo_batch}: {size} ranks cannot take the same number of sequences each')
-    out = open_out(s.out) if rank == 0 else Path(s.out)
+    check_ranks(s)
+    out = open_out(s.out)
     torch.manual_seed(s.seed)
     seconds, clock = {}, time.time()
 
@@ -1253,8 +1258,6 @@ def main(argv=None):
     try:
         train_ppo(s, model, allocators, text, calibration, log, state)
     except KeyboardInterrupt:
-        if rank:
-            sys.exit(130)
         allocators.save(out / 'allocator.safetensors')         # usable as they are
         write_log(out / 'log.csv', log)
         print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; {out / "allocator.safetensors"} holds the allocators so far, '
@@ -1266,9 +1269,8 @@ def main(argv=None):
         windows = calibration.windows(s.seq, s.calibration_tokens)
         price = calibrate(model, windows, lambda knob: AdaK(allocators, price=knob), 0.995 * s.budget * c.top_k, 5, -5)
         allocators.price.fill_(price)
-    if rank == 0:
-        allocators.save(out / 'allocator.safetensors')
-        write_log(out / 'log.csv', log)
+    allocators.save(out / 'allocator.safetensors')
+    write_log(out / 'log.csv', log)
     rows = compare(s, model, allocators, calibration, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     bpb = bits_per_byte(torch.tensor(rows[0]['loss'] * windows[1].numel(), dtype=torch.float64), windows, tokenizer)
