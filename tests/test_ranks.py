@@ -66,8 +66,8 @@ def test_two_ranks_train_the_allocators_of_one(base, tmp_path):
 SHARD = '''
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from model import generate, load, read_into, shard
-import model
+import bench, model
+from model import generate, load, shard
 dist.init_process_group('gloo')
 read, real = [], model.os.preadv
 model.os.preadv = lambda f, places, at: read.append(real(f, places, at)) or read[-1]
@@ -86,6 +86,14 @@ for folder in sys.argv[2:]:
         for _ in range(2):
             assert torch.equal(sharded(tokens), whole(tokens))
         assert torch.equal(generate(sharded, tokens[:, :3], 4), generate(whole, tokens[:, :3], 4))
+        # scores of continuations, dealt to the ranks
+        requests = [(tokens[0, :n].tolist(), tokens[1, :m].tolist()) for n, m in ((3, 2), (7, 1), (1, 4), (2, 2), (5, 5))]
+        L = len(whole.config.moe_layers)
+        scores = bench.score(sharded, requests, tally := bench.Tally(bench.TopK(2), L, 'cpu'), batch=8)
+        for (context, end), (logp, greedy) in zip(requests, scores):
+            p = whole(torch.tensor([(context + end)[:-1]]), bench.TopK(2))[0, -len(end):].log_softmax(-1)
+            assert abs(p.gather(1, torch.tensor(end)[:, None]).sum() - logp) < 1e-4 and greedy == (p.argmax(-1) == torch.tensor(end)).all()
+        assert tally.counts.sum() == L * sum(tally.lengths) == L * sum(len(context + end) - 1 for context, end in requests)
         local = lambda: [(i, name) for i, layer in enumerate(sharded.layers) for name, p in layer.named_parameters() if not hasattr(p, 'to_local')]
         assert not local()                                     # every layer has been given up behind its visit
         for i, _ in enumerate(sharded.visit()):

@@ -1,13 +1,13 @@
 """Layer streaming: the same bits as the model held in memory, from checkpoints of every kind, and what must not be done with it."""
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import train
 from allocator import AdaK, Allocators, TopK
 from conftest import random_model, tiny_config
-from model import InputError, Streamed, generate, load, read_safetensors, save, stream, write_safetensors
+from model import InputError, generate, load, save, stream
 
 GOLDEN = Path(__file__).parent / 'golden'
 MODELS = sorted(p.parent.name for p in GOLDEN.glob('*/model*.safetensors') if 'index' not in p.name and '00002' not in p.name)
@@ -50,6 +50,28 @@ def test_two_layers_of_memory_and_each_layer_read_once_a_visit(checkpoint):
     with torch.no_grad():
         streamed.hidden_of([(torch.randint(50, (1, 4)), None)] * 3)
     assert read == ['0', '1', '2', '3', '4']
+
+
+def test_streamed_training_ends_with_the_same_bits(checkpoint, monkeypatch):
+    monkeypatch.setattr(train, 'PASS_TOKENS', 64)              # several passes, in both
+    s = train.Settings(ppo_steps=6, seq=16, ppo_batch=6, calibration_tokens=256, heldout_tokens=256)
+    text = train.Text(torch.randint(50, (3000,)), torch.arange(3000).numpy() // 100)
+    ends = []
+    for model in (load(checkpoint), stream(checkpoint)):
+        allocators, log = train.new_allocators(s, model, text), []
+        train.train_ppo(s, model, allocators, text, text, log)
+        ends.append((allocators.state_dict(), log, train.compare(s, model, allocators, text, text)))
+    (plain, *known), (streamed, *found) = ends
+    assert all(torch.equal(plain[name], streamed[name]) for name in plain) and len({row['mean_k'] for row in known[0]}) > 1
+    assert str(known) == str(found)
+
+
+def test_no_file_is_mapped_and_no_layer_kept(checkpoint, monkeypatch):
+    def mapped(*args, **kwargs):
+        raise AssertionError('a map of a whole file would count against ulimit -v')
+    monkeypatch.setattr(torch, 'from_file', mapped)
+    with torch.no_grad():
+        stream(checkpoint)(torch.randint(50, (1, 4)))
 
 
 def test_no_backward_pass_through_buffers(checkpoint):

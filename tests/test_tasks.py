@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def opened(run):
-    model = train.load_model(run / 'base', 'cpu')
+    model = train.load_model(train.Settings(), run / 'base')
     return model, Tokenizer(run / 'base'), AdaK(Allocators.load(run / 'allocator.safetensors', model.config))
 
 
@@ -204,7 +205,9 @@ def test_flops_count_the_allocators_and_the_length(opened):
 
 
 def test_the_base_of_a_run_is_the_one_it_was_trained_on(run, tmp_path):
-    base = lambda **a: bench.base_folder(SimpleNamespace(**{'ckpt': None, 'run': None, **a}))
+    def base(**a):
+        s = bench.opened_settings(SimpleNamespace(**{'ckpt': None, 'run': None, 'device': 'cpu', 'stream': False, **a}), finished=False)
+        return train.base_folder(s, Path(a['run']))
     assert base(run=str(run)) == run / 'base' == base(ckpt=str(run / 'base'), run='elsewhere')
     write_json(tmp_path / 'results.json', {'config': asdict(train.Settings(ckpt=str(run / 'base')))})
     assert base(run=str(tmp_path)) == run / 'base'
