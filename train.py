@@ -329,171 +329,6 @@ def average_gradients(parameters):
                 p.grad /= ranks()[1]
 
 
-# ================================================================ what a run needs: bytes, FLOPs, hours
-
-def weight_counts(config):
-    """(weights of the largest layer, of all layers, of embedding, last norm and head)."""
-    with torch.device('meta'):
-        model = Transformer(config)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
-    return max(layers), sum(layers), sum(p.numel() for p in model.parameters()) - sum(layers)
-
-
-def allocator_sizes(s, config):
-    """(k_max, numbers that an allocator reads)."""
-    k_max = config.n_experts if s.paper else s.k_max or min(2 * config.top_k, config.n_experts)
-    return k_max, config.dim + (config.n_experts + config.top_k - 1 if s.extended else 0)
-
-
-def state_bytes(s, config):
-    """Bytes of what a rollout keeps for the update: z in fp32, k, logp, noise of every layer and sampled token; logits and their gradients."""
-    k_max, n_in = allocator_sizes(s, config)
-    return len(config.moe_layers) * s.group * s.ppo_batch * s.seq * (4 * n_in + 16 + 20 * k_max)
-
-
-def working_bytes(s, config, itemsize):
-    """Bytes that PPO needs beside the weights, at its peak: states, hidden states, and the larger of one pass's experts and logits."""
-    c, tokens = config, (1 + s.group) * s.ppo_batch * s.seq
-    in_pass = min(max(PASS_TOKENS, s.seq), s.group * s.ppo_batch * s.seq)
-    experts = in_pass * itemsize * (c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim)
-    logits = 3 * 4 * min(max(2 ** 28, (1 + s.group) * s.seq * c.n_vocab), tokens * c.n_vocab)
-    return state_bytes(s, c) + 3 * tokens * c.dim * itemsize + max(experts, logits)
-
-
-def weight_bytes(config, itemsize, how, size=1):
-    """(bytes on the device, on the host) of the weights: 'plain', 'stream'ed, or 'shard'ed over `size` ranks."""
-    layer, layers, rest = (itemsize * n for n in weight_counts(config))
-    return {'plain': (layers + rest, 0), 'stream': (rest + 2 * layer, layers), 'shard': (rest + layers // size + 2 * layer, 0)}[how]
-
-
-def free_memory(device):
-    """Bytes that this process may still take on a device; of the host the least that the system, a control group and ulimit leave."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    numbers = lambda path: {line.split()[0].rstrip(':'): int(line.split()[1]) for line in open(path) if line.split()[1:2] and line.split()[1].isdigit()}
-    free = [math.inf]
-    try:
-        free.append(1024 * numbers('/proc/meminfo')['MemAvailable'])
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            free.append(limit - 1024 * numbers('/proc/self/status')['VmSize'])
-        group = Path('/sys/fs/cgroup') / open('/proc/self/cgroup').readline().strip().rpartition(':')[2].lstrip('/')
-        free.append(int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text())
-                    + numbers(group / 'memory.stat')['inactive_file'])
-    except (OSError, ValueError, KeyError):                    # another system than Linux, or no limit
-        pass
-    return min(free)
-
-
-def check_memory(s, config, itemsize, size, working):
-    """InputError if the weights as wanted and `working` bytes do not fit. Returns whether a streamed model's layers can be page-locked."""
-    device, how = torch.device(s.device), 'stream' if s.stream else 'shard' if size > 1 else 'plain'
-    need = weight_bytes(config, itemsize, how, size)[0] + working
-    if need > (free := free_memory(device)):
-        less = weight_bytes(config, itemsize, 'stream')[0] + working
-        hint = f'--stream needs {less / 1e9:.1f} GB' if how == 'plain' and less < free else 'a smaller --ppo-batch or --seq needs less'
-        raise InputError(f'memory: {s.device} has {free / 1e9:.1f} GB free, this run needs {need / 1e9:.1f} GB '
-                         f'({working / 1e9:.1f} of them beside the weights); {hint}')
-    return s.stream and device.type == 'cuda' and weight_bytes(config, itemsize, 'stream')[1] + 4e9 < free_memory(torch.device('cpu'))
-
-
-# name: bf16 matmul FLOP/s, host-to-device bytes/s, bytes of memory, as published; what real code reaches of the first two
-GPUS = {'A800-80GB': (312e12, 32e9, 80e9), 'H100-80GB': (989e12, 64e9, 80e9), 'H200': (989e12, 64e9, 141e9)}
-REACHED = 0.5, 0.8
-
-
-@torch.no_grad()
-def measured_rates(s, config, dtype):
-    """(FLOP/s of one MoE layer of this model with random weights on 2,048 tokens, bytes/s of a copy from the host) on s.device."""
-    device, T = torch.device(s.device), min(s.seq, 2048)
-    one = replace(config, n_layers=1, dense_layers=(), n_vocab=1)
-    model = new_model(one, 0).to(dtype).to(device)
-    tokens = torch.zeros(2048 // T, T, dtype=torch.long, device=device)
-    model.embed_tokens.weight.data = torch.randn(1, config.dim).to(dtype).to(device)
-    work = flops(one, config.top_k, T)['total'] * tokens.numel()
-    source = torch.ones(2 ** 28, dtype=torch.uint8, pin_memory=device.type == 'cuda')
-    target = torch.empty(2 ** 28, dtype=torch.uint8, device=device)
-
-    def best(run):
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            run()
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-    return work / best(lambda: model.hidden(tokens)), 2 ** 28 / best(lambda: target.copy_(source))
-
-
-def run_flops(s, config):
-    """{stage: (FLOPs, visits of the whole model)} of a run with --ckpt; the evaluations of a calibration are taken as 8."""
-    c, tokens, batch = config, s.ppo_batch * s.seq, 32 * s.seq
-    k_max, n_in = allocator_sizes(s, c)
-    forward = lambda k: flops(c, k, s.seq)['total']
-    mean_k = c.top_k * (s.budget if s.lam is None else 1)
-    update = s.epochs * s.group * 6 * k_max * n_in * len(c.moe_layers)
-    probes = s.ppo_steps // 20 * s.calibration_tokens // 4 * forward(mean_k)
-    scored = 26 * s.calibration_tokens + 5 * s.heldout_tokens
-    together = max(batch, Streamed.tokens_per_visit)
-    return {'start': ((s.warm_steps if s.start == 'p-warm' else 2) * tokens * forward(c.top_k), s.warm_steps if s.start == 'p-warm' else 2),
-            'ppo': (s.ppo_steps * tokens * (forward(c.top_k) + s.group * forward(mean_k) + update) + probes, s.ppo_steps + s.ppo_steps // 20),
-            'evaluation': (scored * forward(mean_k), 26 * -(-s.calibration_tokens // together) + 5 * -(-s.heldout_tokens // together))}
-
-
-def plan(s, rates=None):
-    """What this run needs, from the config of --ckpt alone. rates: {machine: (FLOP/s, bytes/s, bytes of memory)}, by default this one and GPUS."""
-    folder = find_checkpoint(s.ckpt)
-    config, dtype = read_config(folder), weight_dtype(folder)
-    check_budget(s, config.top_k)
-    layer, layers, rest = weight_counts(config)
-    k_max, n_in = allocator_sizes(s, config)
-    params = len(config.moe_layers) * k_max * (n_in + s.extended)
-    working, work = working_bytes(s, config, dtype.itemsize), run_flops(s, config)
-    if rates is None:
-        rates = {name: (flop * REACHED[0], copy * REACHED[1], memory) for name, (flop, copy, memory) in GPUS.items()}
-        free = free_memory(torch.device(s.device))
-        if 2 * layer * 4 < free:
-            rates = {f'here ({s.device})': (*measured_rates(s, config, dtype), free), **rates}
-    per_token = flops(config, config.top_k, s.seq)['total'] - 2 * config.dim * config.n_vocab
-    machines = []
-    for name, (rate, copy, memory) in rates.items():
-        on_cpu, hours = 'cpu' in name, {}
-        for how, size in (('plain', 1), ('stream', 1), ('shard', 8))[:2 if on_cpu else 3]:
-            fits = weight_bytes(config, dtype.itemsize, how, size)[0] + working // size < memory
-            seconds = 0
-            for flop, visits in work.values():
-                compute, way = flop / rate / size, visits * layers * dtype.itemsize / copy * (how == 'stream')
-                seconds += compute + way if on_cpu else max(compute, way)      # a CPU copies with the cores that compute
-            hours[how] = seconds / 3600 if fits else None
-        machines.append({'machine': name, 'flops': rate, 'copy': copy, 'memory': memory, 'hours': hours,
-                         'compute_bound': layers * dtype.itemsize / copy * rate / per_token})
-    return {'ckpt': s.ckpt, 'weights': layers + rest, 'dtype': str(dtype).removeprefix('torch.'), 'bytes': dtype.itemsize * (layers + rest),
-            'layer_bytes': dtype.itemsize * layer, 'allocators': params, 'optimizer_bytes': 16 * params, 'state_bytes': state_bytes(s, config),
-            'working_bytes': working, 'steps': s.ppo_steps, 'passes': 1 + s.group, 'tokens': s.ppo_batch * s.seq,
-            'flops': {stage: flop for stage, (flop, _) in work.items()}, 'machines': machines,
-            'memory': {how: [b + w for b, w in zip(weight_bytes(config, dtype.itemsize, how, size), (working // size, 0))]
-                       for how, size in (('plain', 1), ('stream', 1), ('shard', 8))}}
-
-
-def plan_table(p):
-    """A plan as text."""
-    gb = lambda n: f'{n / 1e9:.3g}'
-    hours = lambda h: 'does not fit' if h is None else f'{h:.2g}'
-    lines = [f'{p["ckpt"]}: {p["weights"] / 1e9:.2f}B weights in {p["dtype"]}, {gb(p["bytes"])} GB, the largest layer {gb(p["layer_bytes"])} GB; '
-             f'allocators of {p["allocators"]:,} weights, {p["optimizer_bytes"] / 1e6:.0f} MB with gradients and optimizer',
-             f'{p["steps"]} PPO steps of {p["passes"]} x {p["tokens"]:,} tokens: ' + ', '.join(f'{stage} {flop:.2e}' for stage, flop in p['flops'].items())
-             + f' FLOPs; a rollout keeps {gb(p["state_bytes"])} GB of states', '',
-             '| | GB on the device | GB on the host or in files |', '|---|---|---|']
-    names = {'plain': 'plain', 'stream': '--stream', 'shard': 'each of 8 ranks'}
-    lines += [f'| {names[how]} | {gb(device)} | {gb(host)} |' for how, (device, host) in p['memory'].items()]
-    lines += ['', '| machine | TFLOP/s | copy GB/s | compute-bound from (tokens) | hours plain | --stream | 8 ranks |', '|---|---|---|---|---|---|---|']
-    lines += [f'| {m["machine"]} | {m["flops"] / 1e12:.3g} | {gb(m["copy"])} | {m["compute_bound"]:,.0f} | '
-              + ' | '.join(hours(m['hours'][how]) if how in m['hours'] else '' for how in names) + ' |' for m in p['machines']]
-    return '\n'.join(lines + ['', f'GPUs: {REACHED[0]:.0%} of the published matmul rate and {REACHED[1]:.0%} of the published copy rate; '
-                                  'here: one layer measured. 8 ranks: without the time that gathering the layers takes.'])
-
-
 # ================================================================ text
 
 @dataclass
@@ -819,6 +654,8 @@ def load_model(s, folder, working=0):
     if size > 1:
         return shard(folder, dtype, s.device)
     if s.stream:
+        # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape with every batch: gigabytes on a CPU
+        os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
         return stream(folder, dtype, s.device, pinned)
     progress = Progress('load %', 100)
     return load(folder, dtype, s.device, lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
@@ -1222,6 +1059,174 @@ def figures(out, log, rows, top_k, target):
     ax.set(xlabel='MoE layer', ylabel='mean k (experts per token)', xticks=range(1, 1 + len(rows[0]['mean_k_by_layer'])))
     ax.legend(fontsize=8)
     save_figure(fig, out / 'layers.png')
+
+
+# ================================================================ what a run needs: bytes, FLOPs, hours
+
+def weight_counts(config):
+    """(weights of the largest layer, of all layers, of embedding, last norm and head)."""
+    with torch.device('meta'):
+        model = Transformer(config)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    return max(layers), sum(layers), sum(p.numel() for p in model.parameters()) - sum(layers)
+
+
+def allocator_sizes(s, config):
+    """(k_max, numbers that an allocator reads)."""
+    k_max = config.n_experts if s.paper else s.k_max or min(2 * config.top_k, config.n_experts)
+    return k_max, config.dim + (config.n_experts + config.top_k - 1 if s.extended else 0)
+
+
+def state_bytes(s, config):
+    """Bytes of what a rollout keeps for the update: z in fp32, k, logp, noise of every layer and sampled token; logits and their gradients."""
+    k_max, n_in = allocator_sizes(s, config)
+    return len(config.moe_layers) * s.group * s.ppo_batch * s.seq * (4 * n_in + 16 + 20 * k_max)
+
+
+def working_bytes(s, config, itemsize):
+    """Bytes that PPO needs beside the weights, at its peak: states, hidden states, and the larger of one pass's experts and logits."""
+    c, tokens = config, (1 + s.group) * s.ppo_batch * s.seq
+    in_pass = min(max(PASS_TOKENS, s.seq), s.group * s.ppo_batch * s.seq)
+    experts = in_pass * itemsize * (c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim)
+    logits = 3 * 4 * min(max(2 ** 28, (1 + s.group) * s.seq * c.n_vocab), tokens * c.n_vocab)
+    return state_bytes(s, c) + 3 * tokens * c.dim * itemsize + max(experts, logits)
+
+
+def weight_bytes(config, itemsize, how, size=1):
+    """(bytes on the device, on the host) of the weights: 'plain', 'stream'ed, or 'shard'ed over `size` ranks."""
+    layer, layers, rest = (itemsize * n for n in weight_counts(config))
+    return {'plain': (layers + rest, 0), 'stream': (rest + 2 * layer, layers), 'shard': (rest + layers // size + 2 * layer, 0)}[how]
+
+
+def free_memory(device):
+    """Bytes that this process may still take on a device; of the host the least that the system, a control group and ulimit leave."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    numbers = lambda path: {line.split()[0].rstrip(':'): int(line.split()[1]) for line in open(path) if line.split()[1:2] and line.split()[1].isdigit()}
+    free = [math.inf]
+    try:
+        free.append(1024 * numbers('/proc/meminfo')['MemAvailable'])
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - 1024 * numbers('/proc/self/status')['VmSize'])
+        group = Path('/sys/fs/cgroup') / open('/proc/self/cgroup').readline().strip().rpartition(':')[2].lstrip('/')
+        free.append(int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text())
+                    + numbers(group / 'memory.stat')['inactive_file'])
+    except (OSError, ValueError, KeyError):                    # another system than Linux, or no limit
+        pass
+    return min(free)
+
+
+def check_memory(s, config, itemsize, size, working):
+    """InputError if the weights as wanted and `working` bytes do not fit. Returns whether a streamed model's layers can be page-locked."""
+    device, how = torch.device(s.device), 'stream' if s.stream else 'shard' if size > 1 else 'plain'
+    need = weight_bytes(config, itemsize, how, size)[0] + working
+    if need > (free := free_memory(device)):
+        streamed = weight_bytes(config, itemsize, 'stream')[0]
+        smaller = 'a smaller --ppo-batch or --seq needs less'
+        hint = f'two layers and the embedding alone are {streamed / 1e9:.1f} GB' if streamed > free else smaller
+        if how == 'plain' and streamed < free:
+            hint = f'--stream needs {(streamed + working) / 1e9:.1f} GB' + f', and with it {smaller}' * (streamed + working > free)
+        raise InputError(f'memory: {s.device} has {free / 1e9:.1f} GB free, this run needs {need / 1e9:.1f} GB '
+                         f'({working / 1e9:.1f} of them beside the weights); {hint}')
+    return s.stream and device.type == 'cuda' and weight_bytes(config, itemsize, 'stream')[1] + 4e9 < free_memory(torch.device('cpu'))
+
+
+# name: bf16 matmul FLOP/s, host-to-device bytes/s, bytes of memory, as published; what real code reaches of the first two
+GPUS = {'A800-80GB': (312e12, 32e9, 80e9), 'H100-80GB': (989e12, 64e9, 80e9), 'H200': (989e12, 64e9, 141e9)}
+REACHED = 0.5, 0.8
+
+
+@torch.no_grad()
+def measured_rates(s, config, dtype):
+    """(FLOP/s of one MoE layer of this model with random weights on 2,048 tokens, bytes/s of a copy from the host) on s.device."""
+    device, T = torch.device(s.device), min(s.seq, 2048)
+    one = replace(config, n_layers=1, dense_layers=(), n_vocab=1)
+    model = new_model(one, 0).to(dtype).to(device)
+    tokens = torch.zeros(2048 // T, T, dtype=torch.long, device=device)
+    model.embed_tokens.weight.data = torch.randn(1, config.dim).to(dtype).to(device)
+    work = flops(one, config.top_k, T)['total'] * tokens.numel()
+    source = torch.ones(2 ** 28, dtype=torch.uint8, pin_memory=device.type == 'cuda')
+    target = torch.empty(2 ** 28, dtype=torch.uint8, device=device)
+
+    def best(run):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            run()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+    return work / best(lambda: model.hidden(tokens)), 2 ** 28 / best(lambda: target.copy_(source))
+
+
+def run_flops(s, config):
+    """{stage: (FLOPs, visits of the whole model)} of a run with --ckpt; the evaluations of a calibration are taken as 8."""
+    c, tokens, batch = config, s.ppo_batch * s.seq, 32 * s.seq
+    k_max, n_in = allocator_sizes(s, c)
+    forward = lambda k: flops(c, k, s.seq)['total']
+    mean_k = c.top_k * (s.budget if s.lam is None else 1)
+    update = s.epochs * s.group * 6 * k_max * n_in * len(c.moe_layers)
+    probes = s.ppo_steps // 20 * s.calibration_tokens // 4 * forward(mean_k)
+    scored = 26 * s.calibration_tokens + 5 * s.heldout_tokens
+    together = max(batch, Streamed.tokens_per_visit)
+    return {'start': ((s.warm_steps if s.start == 'p-warm' else 2) * tokens * forward(c.top_k), s.warm_steps if s.start == 'p-warm' else 2),
+            'ppo': (s.ppo_steps * tokens * (forward(c.top_k) + s.group * forward(mean_k) + update) + probes, s.ppo_steps + s.ppo_steps // 20),
+            'evaluation': (scored * forward(mean_k), 26 * -(-s.calibration_tokens // together) + 5 * -(-s.heldout_tokens // together))}
+
+
+def plan(s, rates=None):
+    """What this run needs, from the config of --ckpt alone. rates: {machine: (FLOP/s, bytes/s, bytes of memory)}, by default this one and GPUS."""
+    folder = find_checkpoint(s.ckpt)
+    config, dtype = read_config(folder), weight_dtype(folder)
+    check_budget(s, config.top_k)
+    layer, layers, rest = weight_counts(config)
+    k_max, n_in = allocator_sizes(s, config)
+    params = len(config.moe_layers) * k_max * (n_in + s.extended)
+    working, work = working_bytes(s, config, dtype.itemsize), run_flops(s, config)
+    if rates is None:
+        rates = {name: (flop * REACHED[0], copy * REACHED[1], memory) for name, (flop, copy, memory) in GPUS.items()}
+        free = free_memory(torch.device(s.device))
+        if 2 * layer * 4 < free:
+            rates = {f'here ({s.device})': (*measured_rates(s, config, dtype), free), **rates}
+    per_token = flops(config, config.top_k, s.seq)['total'] - 2 * config.dim * config.n_vocab
+    machines = []
+    for name, (rate, copy, memory) in rates.items():
+        on_cpu, hours = 'cpu' in name, {}
+        for how, size in (('plain', 1), ('stream', 1), ('shard', 8))[:2 if on_cpu else 3]:
+            fits = weight_bytes(config, dtype.itemsize, how, size)[0] + working // size < memory
+            seconds = 0
+            for flop, visits in work.values():
+                compute, way = flop / rate / size, visits * layers * dtype.itemsize / copy * (how == 'stream')
+                seconds += compute + way if on_cpu else max(compute, way)      # a CPU copies with the cores that compute
+            hours[how] = seconds / 3600 if fits else None
+        machines.append({'machine': name, 'flops': rate, 'copy': copy, 'memory': memory, 'hours': hours,
+                         'compute_bound': layers * dtype.itemsize / copy * rate / per_token})
+    return {'ckpt': s.ckpt, 'weights': layers + rest, 'dtype': str(dtype).removeprefix('torch.'), 'bytes': dtype.itemsize * (layers + rest),
+            'layer_bytes': dtype.itemsize * layer, 'allocators': params, 'optimizer_bytes': 16 * params, 'state_bytes': state_bytes(s, config),
+            'working_bytes': working, 'steps': s.ppo_steps, 'passes': 1 + s.group, 'tokens': s.ppo_batch * s.seq,
+            'flops': {stage: flop for stage, (flop, _) in work.items()}, 'machines': machines,
+            'memory': {how: [b + w for b, w in zip(weight_bytes(config, dtype.itemsize, how, size), (working // size, 0))]
+                       for how, size in (('plain', 1), ('stream', 1), ('shard', 8))}}
+
+
+def plan_table(p):
+    """A plan as text."""
+    gb = lambda n: f'{n / 1e9:.3g}'
+    hours = lambda h: 'does not fit' if h is None else f'{h:.2g}'
+    lines = [f'{p["ckpt"]}: {p["weights"] / 1e9:.2f}B weights in {p["dtype"]}, {gb(p["bytes"])} GB, the largest layer {gb(p["layer_bytes"])} GB; '
+             f'allocators of {p["allocators"]:,} weights, {p["optimizer_bytes"] / 1e6:.0f} MB with gradients and optimizer',
+             f'{p["steps"]} PPO steps of {p["passes"]} x {p["tokens"]:,} tokens: ' + ', '.join(f'{stage} {flop:.2e}' for stage, flop in p['flops'].items())
+             + f' FLOPs; a rollout keeps {gb(p["state_bytes"])} GB of states', '',
+             '| | GB on the device | GB on the host or in files |', '|---|---|---|']
+    names = {'plain': 'plain', 'stream': '--stream', 'shard': 'each of 8 ranks'}
+    lines += [f'| {names[how]} | {gb(device)} | {gb(host)} |' for how, (device, host) in p['memory'].items()]
+    lines += ['', '| machine | TFLOP/s | copy GB/s | compute-bound from (tokens) | hours plain | --stream | 8 ranks |', '|---|---|---|---|---|---|---|']
+    lines += [f'| {m["machine"]} | {m["flops"] / 1e12:.3g} | {gb(m["copy"])} | {m["compute_bound"]:,.0f} | '
+              + ' | '.join(hours(m['hours'][how]) if how in m['hours'] else '' for how in names) + ' |' for m in p['machines']]
+    return '\n'.join(lines + ['', f'GPUs: {REACHED[0]:.0%} of the published matmul rate and {REACHED[1]:.0%} of the published copy rate; '
+                                  'here: one layer measured. 8 ranks: without the time that gathering the layers takes.'])
 
 
 # ================================================================ the whole run

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-sys.path.insert(0, str(root))
+sys.path[:0] = [str(root), str(root / 'tests')]
 from train import table  # noqa: E402
 
 readme = root / 'README.md'
@@ -63,8 +63,34 @@ def studied(match):
     return f'<!-- {kind} {name} -->\n{shown}\n<!-- end -->'
 
 
+def scaled(match):
+    """Plans, streaming, ranks and kills, as tests/measure_*.py wrote them."""
+    kind, name = match.groups()
+    r = json.loads((root / name).read_text())
+    if kind == 'plan':
+        from measure_plan import table as plans
+        shown = plans(r) + '\n\n' + 'Predicted and measured seconds of a whole run on this machine: ' + '; '.join(
+            f'{row["size"]}: {row["predicted"]:.0f} and {row["measured"]:.0f} ({row["predicted"] / row["measured"]:.2f})' for row in r['runs']) + '.'
+    elif kind == 'stream':
+        from measure_stream import table as visits
+        run = r['run']
+        shown = (f'{visits(r)}\n\n({r["machine"]}, torch {r["torch"]}; {r["layers"]} layers of C {r["C"]}, F {r["F"]} in bf16; medians and quartiles.) '
+                 f'The same {r["gb"]:.1f} GB train to the end under `ulimit -v` of {run["limit_gb"]:.1f} GB, with a peak of {run["peak_gb"]:.1f} GB '
+                 f'resident, in {run["seconds"]:.0f} s.')
+    elif kind == 'ranks':
+        shown = (f'Two gloo ranks against one, {r["steps"]} steps: the allocators differ by at most {r["difference"]:.1e} (largest weight '
+                 f'{r["largest_weight"]:.1f}). Peak memory with {r["gb"]:.2f} GB of weights, above {r["imported_gb"]:.2f} GB of Python and torch: '
+                 f'{r["share"]["1"]:.2f} of the weights alone, {r["share"]["2"]:.2f} on each of two ranks.')
+    else:
+        found = ', '.join(f'{n} in {stage}' if stage != 'ppo' else f'{n} in PPO' for stage, n in r['found_in'].items())
+        shown = (f'{r["kills"]} times SIGKILL at random moments of a small run ({found}), each resumed: the final allocators '
+                 f'{"have the bits" if r["same_bits"] else "DO NOT have the bits"} of an undisturbed run, {r["unreadable"]} files were unreadable.')
+    return f'<!-- {kind} {name} -->\n{shown}\n<!-- end -->'
+
+
 new = re.sub(r'<!-- bench (\S+) -->.*?<!-- end -->', benched, old, flags=re.DOTALL)
 new = re.sub(r'<!-- (frontier|ablations|analysis) (\S+) -->.*?<!-- end -->', studied, new, flags=re.DOTALL)
+new = re.sub(r'<!-- (plan|stream|ranks|kills) (\S+) -->.*?<!-- end -->', scaled, new, flags=re.DOTALL)
 new = re.sub(r'<!-- tried (\S+) -->.*?<!-- end -->', tried, new, flags=re.DOTALL)
 new = re.sub(r'<!-- text (\S+) -->.*?<!-- end -->', quote, new, flags=re.DOTALL)
 new = re.sub(r'<!-- table (\S+) -->.*?<!-- end -->', fill, new, flags=re.DOTALL)

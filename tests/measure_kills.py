@@ -46,7 +46,7 @@ def stage(out):
 
 
 def main(folder):
-    draw, start, found, steps = random.Random(0), time.time(), collections.Counter(), 0
+    draw, start, found = random.Random(0), time.time(), collections.Counter()
     out = folder / 'killed'
     while True:
         resume = ['--resume'] if (out / 'state.safetensors').exists() else []

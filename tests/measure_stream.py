@@ -76,16 +76,16 @@ def main(folder, device):
     torch.manual_seed(0)
     gpu = device.type == 'cuda'
     sizes = dict(dim=4096, head_dim=128, n_heads=32, n_kv_heads=8, expert_dim=14336) if gpu else dict(dim=1024, head_dim=64, n_heads=16, n_kv_heads=4, expert_dim=3584)
-    config = Config(**sizes, n_layers=6 if gpu else 16, n_experts=8, top_k=2, n_vocab=1024)
+    config = Config(**sizes, n_layers=6 if gpu else 24, n_experts=8, top_k=2, n_vocab=1024)
     if not (folder / 'config.json').exists():
         make(folder, config)
     size = sum(p.stat().st_size for p in folder.glob('*.safetensors')) / 1e9
     name = torch.cuda.get_device_name(device) if gpu else f'CPU, {torch.get_num_threads()} threads'
     results = {'machine': name, 'torch': torch.__version__, 'gb': size, 'layers': config.n_layers, 'C': config.dim, 'F': config.expert_dim,
-               'rows': stack(folder, device, (8192, 16384, 32768, 65536) if gpu else (1024, 2048, 4096, 8192), 7 if gpu else 5)}
+               'rows': stack(folder, device, (8192, 16384, 32768, 65536) if gpu else (1024, 4096), 7 if gpu else 5)}
     if not gpu:
         with tempfile.TemporaryDirectory() as out:
-            results['run'] = limited(folder, Path(out) / 'run', 2_000_000_000)
+            results['run'] = limited(folder, Path(out) / 'run', 2_600_000_000)
     print(table(results), results.get('run'), sep='\n')
     write_json(ROOT / f'assets/stream{"-cuda" * gpu}.json', results)
 

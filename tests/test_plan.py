@@ -79,8 +79,9 @@ def test_streamed_buffers_take_what_the_plan_says(tmp_path):
 
 
 @pytest.mark.parametrize('streamed, free, says', [
-    (False, 60e9, '60.0 GB free, this run needs 94.4 GB (1.0 of them beside the weights); --stream needs'),
-    (False, 5e9, 'a smaller --ppo-batch or --seq'), (True, 5e9, '5.0 GB free, this run needs 7.3 GB')])
+    (False, 60e9, '60.0 GB free, this run needs 94.4 GB (1.0 of them beside the weights); --stream needs 7.3 GB'),
+    (False, 7e9, '--stream needs 7.3 GB, and with it a smaller --ppo-batch or --seq needs less'), (True, 7e9, 'needs 7.3 GB'),
+    (True, 5e9, '5.0 GB free, this run needs 7.3 GB (1.0 of them beside the weights); two layers and the embedding alone are 6.3 GB')])
 def test_too_little_memory_is_said_before_loading(streamed, free, says, monkeypatch, hub):
     config = train.read_config(hub('mixtral-8x7b'))
     monkeypatch.setattr(train, 'free_memory', lambda device: free)
