@@ -1345,16 +1345,15 @@ def parse(argv):
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     if a.tokens < 1 or not 0 <= a.temperature < float('inf'):
         raise InputError('--tokens must be 1 or more, --temperature 0 or more')
-    a.device = a.device or (default_device() if a.ckpt else 'cpu')
+    a.device = open_device(a.device or (default_device() if a.ckpt else 'cpu'))
     if (a.limit is not None and a.limit < 1) or (a.shots is not None and a.shots < 0):
         raise InputError('--limit must be 1 or more, --shots 0 or more')
-    open_device(a.device)
     return a
 
 
 def main(argv=None):
     a = parse(argv)
-    a.device = join(a.device)
+    join(a.device)
     if ranks()[1] > 1 and (a.analysis or not (a.run or a.ckpt)):
         raise InputError('--analysis and the tables of random weights are for one process: run them without torchrun')
     if a.frontier is not None:

@@ -393,7 +393,7 @@ class Streamed(Transformer):
     """
     tokens_per_visit = 2 ** 16      # of Mixtral-8x7B: so many tokens take an H100 longer than their layer's way over PCIe 5
 
-    def prepare(self, source, dtype, device, pinned):
+    def prepare(self, source, dtype, device, pinned, progress):
         """Take the buffers. source(views): read those hub tensors from the files; pinned: keep all layers in page-locked memory."""
         sizes = [flat_size(layer) for layer in self.layers]
         take = lambda size, **where: torch.empty(size, dtype=dtype, **where)
@@ -416,9 +416,9 @@ class Streamed(Transformer):
         source({name: view for name, view in hub_tensors(self).items() if name not in layers})
         self.pinned, self.source, self.copied = pinned, source, [None, None]
         self.thread = ThreadPoolExecutor(1)
-        if pinned:
-            for place in self.places:
-                source(place)
+        for i, place in enumerate(self.places if pinned else []):
+            source(place)
+            progress(sum(sizes[:i + 1]) * dtype.itemsize, sum(sizes) * dtype.itemsize)
 
     def fetch(self, i, free):
         """Bring layer i into its buffer, on CUDA after the event `free`; in the reading thread. Returns the event of its arrival."""
@@ -436,7 +436,7 @@ class Streamed(Transformer):
 
     def ask_for(self, i):
         """The future of `fetch`: layer i may come as soon as the device has done what it was asked to do so far."""
-        free = torch.cuda.current_stream().record_event() if self.side else None
+        free = torch.cuda.current_stream(self.side.device).record_event() if self.side else None
         return self.thread.submit(self.fetch, i, free)
 
     def visit(self):
@@ -445,7 +445,7 @@ class Streamed(Transformer):
         for i, layer in enumerate(self.layers):
             copied = coming.result()
             if self.side:
-                torch.cuda.current_stream().wait_event(copied)
+                torch.cuda.current_stream(self.side.device).wait_event(copied)
             if i + 1 < len(self.layers):                       # layer i has not been asked for yet, so this waits for i - 1 only
                 coming = self.ask_for(i + 1)
             yield layer
@@ -494,8 +494,12 @@ def own_rows(p):
     """(number of the first, rows): what this rank keeps of a parameter's first dimension; everything in a model that is not sharded."""
     if not hasattr(p, 'to_local'):
         return 0, p
-    mesh = p.device_mesh
-    return min(mesh.get_local_rank() * -(-len(p) // mesh.size()), len(p)), p.to_local()
+    return first_row(len(p), p.device_mesh), p.to_local()
+
+
+def first_row(n, mesh):
+    """The first of n rows that this rank keeps: FSDP gives ceil(n / ranks) to each, and the last what is left."""
+    return min(mesh.get_local_rank() * -(-n // mesh.size()), n)
 
 
 class Decoder:
@@ -732,8 +736,8 @@ CHECKPOINTS = {
     'olmoe-1b-7b': ('allenai/OLMoE-1B-7B-0924', 14), 'qwen3-30b-a3b': ('Qwen/Qwen3-30B-A3B', 61)}
 
 
-def find_checkpoint(name):
-    """The folder of --ckpt: a folder itself, checkpoints/NAME, or the newest snapshot in the Hugging Face cache."""
+def find_checkpoint(name, config_only=False):
+    """The folder of --ckpt: a folder itself, checkpoints/NAME, or the newest snapshot in the Hugging Face cache. InputError says how to get it."""
     if Path(name).is_dir():
         return Path(name)
     if name not in CHECKPOINTS:
@@ -746,8 +750,8 @@ def find_checkpoint(name):
     for place in places:
         if (place / 'config.json').exists():
             return place
-    raise InputError(f'--ckpt {name}: neither in {places[0]} nor in {cache}; get its {size} GB with: '
-                     f"hf download {hub_id} --include '*.json' 'model*.safetensors' --local-dir {places[0]}")
+    what, files = ('its config', 'config.json') if config_only else (f'its {size} GB', "--include '*.json' 'model*.safetensors'")
+    raise InputError(f'--ckpt {name}: neither in {places[0]} nor in {cache}; get {what} with: hf download {hub_id} {files} --local-dir {places[0]}')
 
 
 def read_config(folder):
@@ -796,7 +800,7 @@ def open_checkpoint(folder, dtype, kind):
     return model, {folder / file: layout for file, layout in layouts.items()}
 
 
-def load(folder, dtype=torch.float32, device='cpu', progress=None):
+def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
     """The Transformer in a hub-format folder, frozen. InputError names the file or tensor that is wrong.
 
     Every tensor is read once, from its file to its place in the stacked weights, in the wanted dtype and device.
@@ -811,8 +815,7 @@ def load(folder, dtype=torch.float32, device='cpu', progress=None):
         read_ahead(path)
         read_into(path, layout, views)
         done += os.path.getsize(path)
-        if progress:
-            progress(done, total)
+        progress(done, total)
     return model
 
 
@@ -829,7 +832,7 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
-def stream(folder, dtype=torch.float32, device='cpu', pinned=False):
+def stream(folder, dtype=torch.float32, device='cpu', pinned=False, progress=lambda done, total: None):
     """The `Streamed` model in a hub-format folder, frozen. `pinned`: all layers in page-locked host memory, for a CUDA device."""
     model, layouts = open_checkpoint(Path(folder), dtype, Streamed)
 
@@ -837,7 +840,7 @@ def stream(folder, dtype=torch.float32, device='cpu', pinned=False):
         for path, layout in layouts.items():
             if views.keys() & layout.keys():
                 read_into(path, layout, views)
-    model.prepare(source, dtype, torch.device(device), pinned)
+    model.prepare(source, dtype, torch.device(device), pinned, progress)
     return model
 
 
@@ -848,7 +851,7 @@ def read_ahead(path):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def shard(folder, dtype, device):
+def shard(folder, dtype, device, progress=lambda done, total: None):
     """The `Sharded` model in a hub-format folder, frozen; each rank reads only its part of the files."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -860,13 +863,14 @@ def shard(folder, dtype, device):
     if model.config.tie:
         model.lm_head.weight = model.embed_tokens.weight
     views = hub_tensors(model)
-    for path, layout in layouts.items():
+    for i, (path, layout) in enumerate(layouts.items(), 1):
         for name in views.keys() & layout.keys():
             (dtype, shape, begin, stop), mine = layout[name], views[name]
             if mine.shape != torch.Size(shape):                # some rows of this tensor
-                row, first = (stop - begin) // shape[0], min(mesh.get_local_rank() * -(-shape[0] // mesh.size()), shape[0])
+                row, first = (stop - begin) // shape[0], first_row(shape[0], mesh)
                 layout[name] = dtype, mine.shape, begin + first * row, begin + (first + len(mine)) * row
         read_into(path, layout, views)
+        progress(i, len(layouts))
     return model
 
 

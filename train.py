@@ -188,7 +188,7 @@ def parse(argv):
         s.device = default_device()
     if s.stream and s.device != 'cpu' and 'ppo_batch' not in given:            # as many tokens as hide the way of the weights
         s.ppo_batch = max(1, Streamed.tokens_per_visit // ((1 + s.group) * s.seq))
-    open_device(s.device)
+    s.device = open_device(s.device)
     s.out = s.out or f'out/{Path(s.ckpt).name if s.ckpt else s.preset}'
     return s, planned
 
@@ -211,12 +211,17 @@ def run_settings(run):
 
 
 def open_device(name):
-    """InputError unless torch can compute on this device."""
+    """The device of this process, under torchrun each rank its own GPU; InputError unless torch can compute there."""
+    if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
+        if name.startswith('cuda:'):
+            torch.cuda.set_device(name)
         assert torch.device(name).type != 'meta', 'holds no numbers'
         torch.empty(1, device=name)
     except Exception as e:                                     # torch raises many kinds here
         raise InputError(f'--device {name}: {str(e).splitlines()[0]}') from None
+    return name
 
 
 def open_out(name):
@@ -262,29 +267,25 @@ class Progress:
 
 # ================================================================ ranks: one process, or several under torchrun
 
+RENDEZVOUS = timedelta(minutes=1)       # is enough to find the store
+
+
 def join(device):
-    """The device of this process; under torchrun this rank's own, after all ranks have met. InputError if they do not meet.
+    """Under torchrun: meet the other ranks, each on its device (`open_device`). InputError if they do not come.
 
     From here on only rank 0 prints and writes. Every rank runs the same script on its part of each batch.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
-        return device
-    if device.startswith('cuda'):
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(device)
+        return
     place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     try:
-        if os.environ['RANK'] != '0':                          # a minute is enough to find the store, ten for all to come
+        if os.environ['RANK'] != '0':
             dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=RENDEZVOUS, wait_for_workers=False)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(minutes=10))
     except (KeyError, ValueError, RuntimeError) as e:
         raise InputError(f'no rendezvous of the ranks at {place}: {str(e).splitlines()[0][:200]}') from None
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
-    return device
-
-
-RENDEZVOUS = timedelta(minutes=1)
 
 
 def ranks():
@@ -651,14 +652,15 @@ def load_model(s, folder, working=0):
     if s.stream and size > 1:
         raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
     pinned = check_memory(s, config, dtype.itemsize, size, working)
+    progress = Progress('load %', 100)
+    show = lambda done, total: progress(max(1, 100 * done // total), None)
     if size > 1:
-        return shard(folder, dtype, s.device)
+        return shard(folder, dtype, s.device, show)
     if s.stream:
         # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape with every batch: gigabytes on a CPU
         os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
-        return stream(folder, dtype, s.device, pinned)
-    progress = Progress('load %', 100)
-    return load(folder, dtype, s.device, lambda done, total: progress(max(1, 100 * done // total), None, GB=done / 1e9))
+        return stream(folder, dtype, s.device, pinned, show)
+    return load(folder, dtype, s.device, show)
 
 
 # ================================================================ evaluation
@@ -1178,7 +1180,7 @@ def run_flops(s, config):
 
 def plan(s, rates=None):
     """What this run needs, from the config of --ckpt alone. rates: {machine: (FLOP/s, bytes/s, bytes of memory)}, by default this one and GPUS."""
-    folder = find_checkpoint(s.ckpt)
+    folder = find_checkpoint(s.ckpt, config_only=True)
     config, dtype = read_config(folder), weight_dtype(folder)
     check_budget(s, config.top_k)
     layer, layers, rest = weight_counts(config)
@@ -1235,7 +1237,7 @@ def main(argv=None):
     s, planned = parse(argv)
     if planned:
         return print(plan_table(plan(s)))
-    s.device = join(s.device)
+    join(s.device)
     rank, size = ranks()
     check_ranks(s)
     out = open_out(s.out)

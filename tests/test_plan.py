@@ -100,7 +100,8 @@ def test_free_memory_sees_ulimit():
 
 
 @pytest.mark.parametrize('args, says', [
-    (['--plan'], 'give the checkpoint with --ckpt'), (['--plan', '--ckpt', 'nowhere'], 'no such folder'), (['--stream'], '--ckpt')])
+    (['--plan'], 'give the checkpoint with --ckpt'), (['--plan', '--ckpt', 'nowhere'], 'no such folder'),
+    (['--plan', '--ckpt', 'mixtral-8x7b'], 'get its config with: hf download mistralai/Mixtral-8x7B-v0.1 config.json --local-dir'), (['--stream'], '--ckpt')])
 def test_wrong_inputs(args, says, capsys):
     with pytest.raises(SystemExit) as exit:
         train.command_line(args)
