@@ -7,6 +7,8 @@
     python bench.py --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"    any static k, no training needed
     python bench.py --run out/tiny --tasks arc_easy,hellaswag          tasks of lm-evaluation-harness -> out/tiny/tasks.json
 
+--stream and torchrun work as for train.py, with --run, --prompt, --tasks and --frontier.
+
 Tables: *dispatch* (every path and transformers' own, where it is installed, on the same weights and ids), *roofline* (its bytes and
 FLOPs against what this machine reaches) and *model* (a whole model, Top-K against allocators that run fewer experts, allocator
 time included). Every number is a median over rounds in which all candidates run in turn, in one process, on random data; a ratio is

@@ -29,6 +29,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import time
@@ -267,7 +268,7 @@ class Progress:
 
 # ================================================================ ranks: one process, or several under torchrun
 
-RENDEZVOUS = timedelta(minutes=1)       # is enough to find the store
+RENDEZVOUS = 60         # seconds are enough for rank 0 to be there
 
 
 def join(device):
@@ -275,17 +276,30 @@ def join(device):
 
     From here on only rank 0 prints and writes. Every rank runs the same script on its part of each batch.
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+    if os.environ.get('WORLD_SIZE', '1') == '1':
         return
-    place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    host, port = os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT')
     try:
-        if os.environ['RANK'] != '0':
-            dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=RENDEZVOUS, wait_for_workers=False)
+        end = time.time() + RENDEZVOUS
+        while os.environ['RANK'] != '0':                       # which listens there, or torchrun for it
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()
+                break
+            except OSError:
+                if time.time() > end:
+                    raise
+            time.sleep(0.2)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(minutes=10))
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise InputError(f'no rendezvous of the ranks at {place}: {str(e).splitlines()[0][:200]}') from None
+    except (KeyError, ValueError, TypeError, OSError, RuntimeError) as e:
+        raise InputError(f'no rendezvous of the ranks at {host}:{port}: {str(e).splitlines()[0][:200]}') from None
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
+
+
+def leave():
+    """End the meeting, so that the process can end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ranks():
@@ -652,13 +666,13 @@ def load_model(s, folder, working=0):
     if s.stream and size > 1:
         raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
     pinned = check_memory(s, config, dtype.itemsize, size, working)
+    # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape with every batch: gigabytes on a CPU
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
     progress = Progress('load %', 100)
     show = lambda done, total: progress(max(1, 100 * done // total), None)
     if size > 1:
         return shard(folder, dtype, s.device, show)
     if s.stream:
-        # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape with every batch: gigabytes on a CPU
-        os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
         return stream(folder, dtype, s.device, pinned, show)
     return load(folder, dtype, s.device, show)
 
@@ -1164,18 +1178,19 @@ def measured_rates(s, config, dtype):
 
 
 def run_flops(s, config):
-    """{stage: (FLOPs, visits of the whole model)} of a run with --ckpt; the evaluations of a calibration are taken as 8."""
+    """{stage: (FLOPs, visits of the whole model)} of a run with --ckpt; each of the three calibrations taken as 8 evaluations."""
     c, tokens, batch = config, s.ppo_batch * s.seq, 32 * s.seq
     k_max, n_in = allocator_sizes(s, c)
     forward = lambda k: flops(c, k, s.seq)['total']
     mean_k = c.top_k * (s.budget if s.lam is None else 1)
     update = s.epochs * s.group * 6 * k_max * n_in * len(c.moe_layers)
     probes = s.ppo_steps // 20 * s.calibration_tokens // 4 * forward(mean_k)
-    scored = 26 * s.calibration_tokens + 5 * s.heldout_tokens
+    calibrated, compared = 3 * 8 + 1, 5
     together = max(batch, Streamed.tokens_per_visit)
     return {'start': ((s.warm_steps if s.start == 'p-warm' else 2) * tokens * forward(c.top_k), s.warm_steps if s.start == 'p-warm' else 2),
             'ppo': (s.ppo_steps * tokens * (forward(c.top_k) + s.group * forward(mean_k) + update) + probes, s.ppo_steps + s.ppo_steps // 20),
-            'evaluation': (scored * forward(mean_k), 26 * -(-s.calibration_tokens // together) + 5 * -(-s.heldout_tokens // together))}
+            'evaluation': ((calibrated * s.calibration_tokens + compared * s.heldout_tokens) * forward(mean_k),
+                           calibrated * -(-s.calibration_tokens // together) + compared * -(-s.heldout_tokens // together))}
 
 
 def plan(s, rates=None):
@@ -1269,6 +1284,7 @@ def main(argv=None):
         write_log(out / 'log.csv', log)
         print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; {out / "allocator.safetensors"} holds the allocators so far, '
               f'--resume goes on from {state}')
+        leave()
         sys.exit(130)
     lap('ppo')
 
@@ -1299,9 +1315,7 @@ def one_line_errors(script, main, argv):
     """main(argv); a wrong input or a failing disk ends in one line on stderr and exit status 2."""
     try:
         main(argv)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
+        return leave()
     except InputError as e:
         line = str(e)
     except OSError as e:
@@ -1317,7 +1331,9 @@ def one_line_errors(script, main, argv):
     if ranks()[0]:
         time.sleep(3)                                          # most errors are every rank's: rank 0 says them, and torchrun ends the others
         line = f'rank {ranks()[0]}: {line}'
-    print(f'{script}: {line}', file=sys.stderr)
+    print(f'{script}: {line}', file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(2)                                            # what waits for a lost rank would not let us go
     sys.exit(2)
 
 

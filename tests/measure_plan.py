@@ -65,12 +65,12 @@ def table(r):
     of = lambda p, machine: next(m for m in p['machines'] if m['machine'] == machine)
     hours = lambda h: 'does not fit' if h is None else f'{h:.2g}'
     return markdown(
-        ['model', 'weights GB', 'largest layer GB', 'allocators', 'device GB plain', '--stream', 'each of 8 ranks', 'compute-bound from (tokens)',
-         'A800-hours, --stream', 'A800-hours, 8 ranks', 'H100-hours, --stream', 'published A800-hours'],
-        [[p['ckpt'], gb(p['bytes']), gb(p['layer_bytes']), f'{p["allocators"] / 1e6:.2f}M', *(gb(p['memory'][how][0]) for how in ('plain', 'stream', 'shard')),
+        ['model', 'weights GB (a layer)', 'allocators', 'GB on the GPU: plain / `--stream` / each of 8', 'compute-bound from so many tokens: A800 / H100',
+         'A800-hours, `--stream`', 'H100-hours, `--stream`', 'published A800-hours'],
+        [[p['ckpt'], f'{gb(p["bytes"])} ({gb(p["layer_bytes"])})', f'{p["allocators"] / 1e6:.2f}M',
+          ' / '.join(gb(p['memory'][how][0]) for how in ('plain', 'stream', 'shard')),
           f'{of(p, "A800-80GB")["compute_bound"]:,.0f} / {of(p, "H100-80GB")["compute_bound"]:,.0f}', hours(of(p, 'A800-80GB')['hours']['stream']),
-          hours(None if (h := of(p, 'A800-80GB')['hours']['shard']) is None else 8 * h), hours(of(p, 'H100-80GB')['hours']['stream']),
-          f'{p["published_hours"]:.0f}' if p['published_hours'] else ''] for p in r['plans']])
+          hours(of(p, 'H100-80GB')['hours']['stream']), f'{p["published_hours"]:.0f}' if p['published_hours'] else ''] for p in r['plans']])
 
 
 if __name__ == '__main__':

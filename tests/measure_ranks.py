@@ -2,9 +2,11 @@
 
     python tests/measure_ranks.py [BASE]       four minutes on two cores -> assets/ranks.json; BASE (default out/tiny/base) is a base model
 
-Memory is that of a synthetic checkpoint of 1.5 GB in bf16, less that of a process that has only imported everything.
+Memory is that of a process that loads a synthetic checkpoint of 4.4 GB in bf16 and runs two passes of 64 tokens, less that of a process that
+has only imported everything.
 """
-import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -14,28 +16,42 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
 from measure_stream import make  # noqa: E402
 from model import Config, read_safetensors, write_json  # noqa: E402
 
-IMPORTED = 'import resource, train; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)'
+def ranks(n, *command):
+    """What n ranks print; one thread each, one rank or two."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *map(str, command)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout
 
 
-def train(n, out, *args):
-    """results.json and the allocators of a run of n ranks."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), ROOT / 'train.py', '--out', out, *args]
-    subprocess.run(command, check=True, capture_output=True)
-    return json.loads((out / 'results.json').read_text()), read_safetensors(out / 'allocator.safetensors')[0]
+def allocators(n, out, base):
+    """The allocators that n ranks train in 20 steps."""
+    ranks(n, ROOT / 'train.py', '--out', out, '--ckpt', base, '--ppo-steps', '20')
+    return read_safetensors(out / 'allocator.safetensors')[0]
+
+
+@torch.no_grad()
+def child(folder):
+    """Print the largest peak memory of the ranks in GB; without a folder of processes that only meet."""
+    train.join('cpu')
+    if folder:
+        model = train.load_model(train.Settings(), Path(folder))
+        for _ in range(2):
+            model.hidden_of([(torch.zeros(2, 32, dtype=torch.long), None)])
+    print(max(train.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)))
+    train.leave()
 
 
 def main(base, folder):
     torch.manual_seed(0)
     (folder / 'big').mkdir()
-    make(folder / 'big', Config(dim=1024, head_dim=64, n_heads=16, n_kv_heads=4, expert_dim=3584, n_layers=8, n_experts=8, top_k=2, n_vocab=1024))
+    make(folder / 'big', Config(dim=1024, head_dim=64, n_heads=16, n_kv_heads=4, expert_dim=3584, n_layers=24, n_experts=8, top_k=2, n_vocab=1024))
     gb = sum(p.stat().st_size for p in (folder / 'big').glob('*.safetensors')) / 1e9
-    imported = float(subprocess.run([sys.executable, '-c', IMPORTED], capture_output=True, text=True, cwd=ROOT).stdout)
-    equal = {n: train(n, folder / f'equal{n}', '--ckpt', base, '--ppo-steps', '20')[1] for n in (1, 2)}
-    peak = {n: train(n, folder / f'peak{n}', '--ckpt', folder / 'big', '--preset', 'smoke', '--ppo-steps', '2', '--ppo-batch', '4')[0]['peak_gb']
-            for n in (1, 2)}
+    imported = float(ranks(2, __file__, '--child'))
+    peak = {n: float(ranks(n, __file__, '--child', folder / 'big')) for n in (1, 2)}
+    equal = {n: allocators(n, folder / f'{n}', base) for n in (1, 2)}
     results = {'steps': 20, 'difference': max((equal[1][name] - equal[2][name]).abs().max().item() for name in ('weight', 'bias')),
                'largest_weight': equal[1]['weight'].abs().max().item(), 'gb': gb, 'imported_gb': imported, 'peak_gb': peak,
                'share': {n: (p - imported) / gb for n, p in peak.items()}}
@@ -44,5 +60,7 @@ def main(base, folder):
 
 
 if __name__ == '__main__':
+    if sys.argv[1:2] == ['--child']:
+        sys.exit(child(*sys.argv[2:] or [None]))
     with tempfile.TemporaryDirectory() as temporary:
         main(Path(sys.argv[1] if sys.argv[1:] else ROOT / 'out/tiny/base').resolve(), Path(temporary))

@@ -46,7 +46,7 @@ def test_plan_of_mixtral_by_hand(hub):
     assert m['compute_bound'] == pytest.approx(2 * layer / 5e10 / (per_layer / 1e15), rel=1e-9)
     seconds = {stage: flop / 1e15 for stage, flop in p['flops'].items()}
     assert m['hours']['plain'] is None and m['hours']['shard'] == pytest.approx(sum(seconds.values()) / 8 / 3600)
-    way = {'start': 2, 'ppo': 105, 'evaluation': 26 + 5 * 2}                    # visits; 65,536 tokens share one
+    way = {'start': 2, 'ppo': 105, 'evaluation': 25 + 5 * 2}                    # visits; 65,536 tokens share one
     assert m['hours']['stream'] == pytest.approx(sum(max(seconds[stage], n * 2 * L * layer / 5e10) for stage, n in way.items()) / 3600)
 
 
@@ -121,3 +121,11 @@ def test_plan_prints_a_table_from_the_config_alone(hub, capsys, monkeypatch):
 def test_measured_rates_are_of_one_layer():
     rate, copy = train.measured_rates(Settings(seq=64), replace(tiny_config(), dense_layers=(0,), dense_dim=8), torch.float32)
     assert 1e6 < rate < 1e14 and 1e8 < copy < 1e13
+
+
+def test_a_streamed_gpu_gets_as_many_tokens_as_hide_the_copy(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, 'open_device', lambda name: name)
+    batch = lambda *args: train.parse(['--ckpt', str(tmp_path), *args])[0].ppo_batch
+    assert batch('--stream', '--device', 'cuda', '--seq', '2048') == 6          # 5 passes of 6 x 2,048 tokens: 61,440
+    assert batch('--stream', '--device', 'cuda', '--seq', '2048', '--ppo-batch', '3') == 3
+    assert batch('--stream', '--device', 'cpu') == batch('--device', 'cuda') == 16
