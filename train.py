@@ -1256,6 +1256,9 @@ def main(argv=None):
     rank, size = ranks()
     check_ranks(s)
     out = open_out(s.out)
+    for part in out.glob('*.new') if rank == 0 else []:        # what a killed run had begun to write
+        if part.is_file():
+            part.unlink()
     torch.manual_seed(s.seed)
     seconds, clock = {}, time.time()
 

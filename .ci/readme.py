@@ -76,13 +76,13 @@ def scaled(match):
         run = r['run']
         shown = (f'{visits(r)}\n\n({r["machine"]}, torch {r["torch"]}; {r["layers"]} layers of C {r["C"]}, F {r["F"]} in bf16; medians and quartiles.) '
                  f'The same {r["gb"]:.1f} GB train to the end under `ulimit -v` of {run["limit_gb"]:.1f} GB, with a peak of {run["peak_gb"]:.1f} GB '
-                 f'resident, in {run["seconds"]:.0f} s.')
+                 f'resident.')
     elif kind == 'ranks':
         shown = (f'Two gloo ranks against one, {r["steps"]} steps: the allocators differ by at most {r["difference"]:.1e} (largest weight '
                  f'{r["largest_weight"]:.1f}). Peak memory with {r["gb"]:.2f} GB of weights, above {r["imported_gb"]:.2f} GB of Python and torch: '
                  f'{r["share"]["1"]:.2f} of the weights alone, {r["share"]["2"]:.2f} on each of two ranks.')
     else:
-        found = ', '.join(f'{n} in {stage}' if stage != 'ppo' else f'{n} in PPO' for stage, n in r['found_in'].items())
+        found = ', '.join(f'{n} in {stage.replace("ppo", "PPO")}' for stage, n in r['found_in'].items())
         shown = (f'{r["kills"]} times SIGKILL at random moments of a small run ({found}), each resumed: the final allocators '
                  f'{"have the bits" if r["same_bits"] else "DO NOT have the bits"} of an undisturbed run, {r["unreadable"]} files were unreadable.')
     return f'<!-- {kind} {name} -->\n{shown}\n<!-- end -->'

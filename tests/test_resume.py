@@ -62,6 +62,7 @@ def test_killed_at_random_moments_it_ends_the_same(undisturbed, tmp_path):
                 read_safetensors(state)                        # whole at every moment
     assert run.returncode == 0, run.stderr.read()
     assert (out / 'allocator.safetensors').read_bytes() == allocators and not state.exists()
+    assert not list(out.glob('*.new'))
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
