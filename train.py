@@ -138,7 +138,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """Command line -> Settings: the preset's values, then --paper's, then what was given."""
+    """Command line -> (Settings: the preset's values, then --paper's, then what was given; is only the plan asked for?)."""
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     p.add_argument('--preset', choices=PRESETS, help='sizes and steps (default tiny)')
     p.add_argument('--out', help='run folder (default out/PRESET)')

@@ -52,7 +52,8 @@ def main(folder):
         resume = ['--resume'] if (out / 'state.safetensors').exists() else []
         run = subprocess.Popen([*COMMAND, '--out', out, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
-            run.communicate(timeout=draw.uniform(1, 9) if sum(found.values()) < KILLS else None)
+            kills = sum(found.values())                        # the first few early enough to find the base being learnt
+            run.communicate(timeout=draw.uniform(1, 5 if kills < 5 else 9) if kills < KILLS else None)
             break
         except subprocess.TimeoutExpired:
             run.kill()
