@@ -870,8 +870,7 @@ def token_classes(tokenizer, ids, text, classes):
 
 def held_out_classes(study):
     """(class of every input token of the held-out windows (n,), names of the classes). Prose rules where nothing is Python."""
-    documents = read_documents(study.s.data)
-    documents = dict(list(documents.items())[:study.s.documents])
+    documents = read_documents(study.s.data, study.s.documents)
     python = any(name.endswith('.py') for name in documents)
     if not python:
         print('no Python files in the text: token classes by the rule for prose (prose_classes)', file=sys.stderr)
@@ -885,19 +884,35 @@ def held_out_classes(study):
     return Text(number, study.heldout.document).windows(study.s.seq, study.s.heldout_tokens)[0].flatten(), names
 
 
-class Loads(Counted):
-    """A policy with a tally that also keeps every k, `k` a list of (P,), and how often each expert ran, `load` (L,N)."""
+class Watched(Counted):
+    """A policy with a tally that also keeps every k: `k` (L,n) of the n tokens so far, on the CPU."""
+
+    def __init__(self, policy, n_layers, device):
+        super().__init__(policy, n_layers, device)
+        self.kept = [[] for _ in range(n_layers)]
+
+    def __call__(self, layer, x, probs):
+        k = super().__call__(layer, x, probs)
+        self.kept[layer].append(k.cpu())
+        return k
+
+    @property
+    def k(self):
+        return torch.stack([torch.cat(parts) for parts in self.kept])
+
+
+class Loads(Watched):
+    """A watched policy that also counts how often each expert ran, `load` (L,N)."""
 
     def __init__(self, policy, n_layers, n_experts, device):
         super().__init__(policy, n_layers, device)
-        self.k, self.load = [[] for _ in range(n_layers)], torch.zeros(n_layers, n_experts, device=device)
+        self.load = torch.zeros(n_layers, n_experts, device=device)
 
     def __call__(self, layer, x, probs):
         k = super().__call__(layer, x, probs)
         ids = probs.topk(self.k_max, dim=-1).indices
         used = torch.arange(self.k_max, device=k.device) < k[:, None]
         self.load[layer] += torch.bincount(ids[used], minlength=probs.shape[1])
-        self.k[layer].append(k.cpu())
         return k
 
 
@@ -908,7 +923,7 @@ def analysis(a):
     policy = AdaK(Allocators.load(Path(a.run) / 'allocator.safetensors', c).to(s.device))
     loss, _ = evaluate(study.model, study.windows, topk := Loads(TopK(c.top_k), study.L, c.n_experts, s.device))
     evaluate(study.model, study.windows, ada := Loads(policy, study.L, c.n_experts, s.device))
-    k = torch.stack([torch.cat(layer) for layer in ada.k]).float()              # (L,n)
+    k = ada.k.float()                                                           # (L,n)
     kind, names = held_out_classes(study)
     harder = torch.searchsorted(torch.quantile(loss[::max(1, len(loss) // 10 ** 6)], torch.linspace(0.1, 0.9, 9).double()), loss)     # decile of each token
     group = lambda of, n: [k[:, of == i].mean().item() if (of == i).any() else None for i in range(n)]
@@ -1003,24 +1018,12 @@ def make_policy(name, config, run, device):
     raise InputError(f'--policy {name}: use ada-k, top-k, k=1..{config.n_experts}, mix=1..{config.n_experts}, top-p=0..1, or skip=0..')
 
 
-class Watched(Counted):
-    """A policy with a tally that also keeps every k of the pass: `k` is a list of (P,), one per layer."""
-
-    def __init__(self, policy, n_layers, device):
-        super().__init__(policy, n_layers, device)
-        self.k = []
-
-    def __call__(self, layer, x, probs):
-        self.k.append(super().__call__(layer, x, probs))
-        return self.k[-1]
-
-
 @torch.no_grad()
 def coloured(model, tokenizer, tokens, policy):
     """The text of tokens (1,T), each on a background by the mean k it ran over the layers, and a legend."""
     watched = Watched(policy, len(model.config.moe_layers), tokens.device)
     model.hidden(tokens, watched)
-    k = torch.stack(watched.k).float().mean(0)                                  # (T,)
+    k = watched.k.float().mean(0)                                               # (T,)
     low, high = k.min().item(), k.max().item()
     width = (high - low) / len(COLOURS) or 1
     paint = lambda i, text: f'\x1b[48;5;{COLOURS[i]}m\x1b[38;5;{231 if i < 3 else 16}m{text}\x1b[0m'

@@ -331,7 +331,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.n_vocab, bias=False)
-        if config.tie:
+        self.tie()
+
+    def tie(self):
+        """Let the head share the embedding's weights where the config says so; `to_empty` gives each its own memory."""
+        if self.config.tie:
             self.lm_head.weight = self.embed_tokens.weight
 
     def visit(self):
@@ -346,13 +350,13 @@ class Transformer(nn.Module):
         T = max(tokens.shape[1] for tokens, _ in passes)
         xs = [self.embed_tokens(tokens) for tokens, _ in passes]                                # (B,T,C) each
         positions = torch.arange(T, device=self.device) if cache is None else cache.positions(T)    # (T,)
-        rope = rope_table(self.config, positions, xs[0].dtype)
+        rope = rope_table(self.config, positions, xs[0].dtype)                                  # cos and sin (T,D)
+        ropes = [[table[:x.shape[1]] for table in rope] for x in xs]                            # passes may differ in T
         mask = None if cache is None else cache.mask(T)
         moe_layer = 0
         for layer in self.visit():
             for i, (_, choose_k) in enumerate(passes):
-                own = [table[:xs[i].shape[1]] for table in rope]                                # passes may differ in T
-                xs[i] = layer(xs[i], own, mask, cache, moe_layer, choose_k)
+                xs[i] = layer(xs[i], ropes[i], mask, cache, moe_layer, choose_k)
             moe_layer += not layer.dense
         if cache is not None:
             cache.advance(T)
@@ -410,8 +414,7 @@ class Streamed(Transformer):
             lay_out(layer, self.buffers[i % 2])
         for module in (self.embed_tokens, self.norm, self.lm_head):
             module.to_empty(device=device)
-        if self.config.tie:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie()
         layers = set().union(*self.places)
         source({name: view for name, view in hub_tensors(self).items() if name not in layers})
         self.pinned, self.source, self.copied = pinned, source, [None, None]
@@ -808,8 +811,7 @@ def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total:
     """
     model, layouts = open_checkpoint(Path(folder), dtype, Transformer)
     model = model.to_empty(device=device)
-    if model.config.tie:                                       # to_empty gave each its own memory
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie()
     views, done, total = hub_tensors(model), 0, sum(map(os.path.getsize, layouts))
     for path, layout in layouts.items():
         read_ahead(path)
@@ -860,8 +862,7 @@ def shard(folder, dtype, device, progress=lambda done, total: None):
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `visit` does
     model = model.to_empty(device=device)
-    if model.config.tie:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie()
     views = hub_tensors(model)
     for i, (path, layout) in enumerate(layouts.items(), 1):
         for name in views.keys() & layout.keys():

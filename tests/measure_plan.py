@@ -1,6 +1,6 @@
 """The table of `train.py --plan` for the six published models, and its prediction against measured runs of two synthetic ones.
 
-    python tests/measure_plan.py        ten minutes on two cores -> assets/plan.json
+    python tests/measure_plan.py        four minutes on two cores -> assets/plan.json
 
 The workload is the published one: 10,000 sequences of 2,048 tokens, P-Warm and then PPO with one sampled pass beside the Top-K
 pass. What the paper trained with 64 sequences a step is taken as 16, so that a rollout's states fit one GPU.
@@ -31,12 +31,11 @@ RUN = dict(preset='smoke', seq=256, ppo_batch=4, ppo_steps=12)
 
 def published(folder):
     """One plan per published model, from its config.json alone."""
-    rates = {name: (flop * train.REACHED[0], copy * train.REACHED[1], memory) for name, (flop, copy, memory) in train.GPUS.items()}
     plans = []
     for name, hub in HUB.items():
         (folder / name).mkdir()
         write_json(folder / name / 'config.json', {**hub, 'torch_dtype': 'bfloat16'})
-        plans.append({**train.plan(replace(PUBLISHED, ckpt=str(folder / name)), rates), 'ckpt': name, 'published_hours': HOURS.get(name)})
+        plans.append({**train.plan(replace(PUBLISHED, ckpt=str(folder / name)), train.published_rates()), 'ckpt': name, 'published_hours': HOURS.get(name)})
     return plans
 
 

@@ -20,6 +20,7 @@ import train  # noqa: E402
 from measure_stream import make  # noqa: E402
 from model import Config, read_safetensors, write_json  # noqa: E402
 
+
 def ranks(n, *command):
     """What n ranks print; one thread each, one rank or two."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *map(str, command)]

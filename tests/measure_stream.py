@@ -37,7 +37,7 @@ def make(folder, config):
         write_safetensors(folder / file, {name: (torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)).bfloat16()
                                           for name, shape in shapes.items() if place(name) == file})
     write_json(folder / 'model.safetensors.index.json', {'weight_map': {name: place(name) for name in shapes}})
-    merges = learn_bpe(split_documents(dict(list(read_documents('').items())[:60]))[0], config.n_vocab - 1)
+    merges = learn_bpe(split_documents(read_documents('', 60))[0], config.n_vocab - 1)
     write_json(folder / 'tokenizer.json', tokenizer_json(merges))
     write_json(folder / 'config.json', {**config.to_hf(), 'torch_dtype': 'bfloat16'})
     assert Tokenizer(folder).n_vocab <= config.n_vocab

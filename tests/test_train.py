@@ -218,7 +218,7 @@ def test_jsonl_rows_become_documents(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "one"}\n\n{"messages": [{"role": "user", "content": "two"}]}\n')
     (tmp_path / 'b.txt').write_text('three')
     (tmp_path / 'c.md').write_text('not read')
-    assert list(train.read_documents(str(tmp_path)).values()) == ['one', 'user: two', 'three']
+    assert list(train.read_documents(str(tmp_path), 99).values()) == ['one', 'user: two', 'three']
 
 
 @pytest.mark.parametrize('line', ['{', '[]', '{"txt": "x"}', '{"text": 3}', '{"messages": "x"}', '{"messages": [{"role": "user"}]}'])
