@@ -297,10 +297,17 @@ def join(device):
         sys.stdout = open(os.devnull, 'w')
 
 
-def leave():
-    """End the meeting, so that the process can end."""
+def leave(status=0):
+    """End the process with this exit status if it is one of several ranks; a lone one goes on.
+
+    At once, without Python's own shutdown: FSDP keeps gloo's threads alive behind the end of the group, and one that frees its last tensor
+    during that shutdown aborts the process (pytorch issue 190489).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def ranks():
@@ -1298,7 +1305,7 @@ def main(argv=None):
         write_log(out / 'log.csv', log)
         print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; {out / "allocator.safetensors"} holds the allocators so far, '
               f'--resume goes on from {state}')
-        leave()
+        leave(130)
         sys.exit(130)
     lap('ppo')
 

@@ -64,10 +64,17 @@ def test_two_ranks_train_the_allocators_of_one(base, tmp_path):
             assert abs(a['loss'] - b['loss']) < 1e-5 and abs(a['mean_k'] - b['mean_k']) < 1e-3 and len(a['k_histogram']) == len(b['k_histogram'])
 
 
+def test_a_rank_ends_at_once_with_its_status_and_all_it_said():
+    """Python's shutdown beside gloo's threads is what now and then aborts."""
+    ends = 'import atexit, train; train.join("cpu"); print("said"); atexit.register(print, "shutdown"); train.leave(3); print("not reached")'
+    assert start([['-c', ends]] * 2, HERE.parent) == [(3, 'said\n', ''), (3, '', '')]
+    assert start([['-c', ends]], HERE.parent) == [(0, 'said\nnot reached\nshutdown\n', '')]        # a lone process goes on
+
+
 SHARD = '''
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import bench, model
+import bench, model, train
 from model import generate, load, shard
 dist.init_process_group('gloo')
 read, real = [], model.os.preadv
@@ -100,6 +107,7 @@ for folder in sys.argv[2:]:
         for i, _ in enumerate(sharded.visit()):
             assert {j for j, _ in local()} <= {i, i + 1} and (i, 'mlp.w_in') in local() or sharded.layers[i].dense
 print('equal')
+train.leave()
 '''
 
 
