@@ -23,15 +23,20 @@ def next_token_logp(logits, targets):
     return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none').view(targets.shape)
 
 
-def expected_logp(logits, logits_topk):
-    """The reward without its luck: log p(next token) in nats, expected under the model's own top-k prediction.
+def expected_gain(logits, logits_topk):
+    """The reward without its luck: log p(next token) - log p_topk(next token) in nats, expected under p_topk, the model's own prediction.
 
-    sum_v p_topk(v) log p(v), logits (..,V) and logits_topk broadcasting to them -> (..) fp32. Up to a number that no plan changes it is
-    -KL(p_topk || p): what the plan does to the whole prediction, not only to the one token that happened to come next. For a
-    calibrated model the mean is that of `next_token_logp`; the variance is far smaller.
+    That is -KL(p_topk || p): what the plan does to the whole prediction, not only to the one token that happened to come next. For a
+    calibrated model its mean is that of the difference of `next_token_logp`; the variance is far smaller.
+    logits (..,V) and logits_topk broadcasting to them -> (..) fp32, exactly 0 where they are equal.
+
+    subtle: -log E[exp(change - E change)] makes a small number of small numbers. A difference of two log p of some nats each would
+    carry their rounding, which depends on how tokens are cut into passes, and Adam's first steps would show it.
     """
-    logits, p = logits.float(), F.softmax(logits_topk.float(), -1)
-    return torch.linalg.vecdot(logits, p.expand_as(logits)) - logits.logsumexp(-1)
+    p = F.softmax(logits_topk.float(), -1)                                                      # (..,V)
+    change = logits.float() - logits_topk.float()
+    change = change - (p * change).sum(-1, keepdim=True)
+    return -(p * change.clamp(max=80).expm1()).sum(-1).log1p()                                  # e^80 does not overflow
 
 
 def topk_advantage(logp, logp_topk, gamma=1.0, n_layers=1):

@@ -872,7 +872,7 @@ def rollout_reward(s, model, inputs, targets, rollout):
     rewards = []
     for h, y in zip(hidden.split(few, 1), targets.split(few)):
         logits = model.lm_head(h)                                               # (1+G,few,T,V)
-        rewards.append(ppo.expected_logp(logits, logits[0]) if s.reward == 'expected' else
+        rewards.append(ppo.expected_gain(logits, logits[0]) if s.reward == 'expected' else
                        torch.stack([ppo.next_token_logp(rollout_logits, y) for rollout_logits in logits]))
     reward = torch.cat(rewards, 1).flatten(1)                                   # (1+G,P)
     return reward[1:], reward[0]
@@ -1022,7 +1022,7 @@ def train_soft(s, model, allocators, text):
             logits_topk = model(inputs)
         mixture = SoftMixture(allocators)
         logits = model(inputs, mixture)
-        reward = ppo.expected_logp(logits, logits_topk) if s.reward == 'expected' else ppo.next_token_logp(logits, targets)
+        reward = ppo.expected_gain(logits, logits_topk) if s.reward == 'expected' else ppo.next_token_logp(logits, targets)
         pi = mixture.pi                                                                                     # (L,P,A)
         mean_k = (pi @ torch.arange(1.0, allocators.k_max + 1, device=pi.device)).mean()
         entropy = torch.special.entr(pi).sum(-1).mean()

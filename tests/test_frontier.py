@@ -92,18 +92,32 @@ def test_calibration_hits_its_mean_k_within_a_percent():
 
 # ================================================================ rewards
 
-def test_expected_reward_by_enumeration_and_as_a_divergence():
+def test_expected_reward_by_enumeration_and_by_drawing():
     logits, topk = torch.randn(3, 2, 5), torch.randn(2, 5)
     p, q = topk.softmax(-1), logits.softmax(-1)
-    got = ppo.expected_logp(logits, topk)
-    by_hand = [[sum(p[t, v] * q[g, t, v].log() for v in range(5)) for t in range(2)] for g in range(3)]
+    got = ppo.expected_gain(logits, topk)
+    by_hand = [[sum(p[t, v] * (q[g, t, v] / p[t, v]).log() for v in range(5)) for t in range(2)] for g in range(3)]
     torch.testing.assert_close(got, torch.tensor(by_hand))
-    divergence = (p * (p.log() - q.log())).sum(-1)
-    torch.testing.assert_close(ppo.expected_logp(topk, topk) - got, divergence)
-    # it is the mean of the sampled reward over the model's own next tokens
+    assert (ppo.expected_gain(topk, topk) == 0).all()
+    # it is the mean of what the plan gains over top-k in the sampled reward, over the model's own next tokens
     draws = torch.multinomial(p, 200000, replacement=True)                      # (2,draws)
-    sampled = q.log()[0].gather(1, draws).mean(1)
-    torch.testing.assert_close(sampled, got[0], atol=.02, rtol=0)
+    gained = (q[0] / p).log().gather(1, draws).mean(1)
+    torch.testing.assert_close(got[0], gained, atol=.02, rtol=0)
+
+
+@pytest.mark.parametrize('size', [1e-3, .1, 1, 10])
+def test_expected_reward_keeps_its_digits_however_small_the_change(size):
+    topk = torch.randn(500, 1000) * 3
+    logits = topk + size * torch.randn_like(topk)
+    p, q = topk.double().log_softmax(-1), logits.double().log_softmax(-1)
+    torch.testing.assert_close(ppo.expected_gain(logits, topk).double(), (p.exp() * (q - p)).sum(-1), rtol=1e-5, atol=1e-6 * size)
+
+
+def test_expected_reward_of_a_plan_that_ruins_the_prediction_is_finite():
+    topk, logits = torch.zeros(2, 100), torch.zeros(2, 100)
+    logits[0, 0], logits[1, 0] = 1e4, torch.nan
+    gain = ppo.expected_gain(logits, topk)
+    assert -80 < gain[0] < -70 and gain[1].isnan()             # a NaN of the model stays one
 
 
 @pytest.mark.parametrize('reward', ['expected', 'sampled'])
@@ -113,7 +127,7 @@ def test_rollout_rewards_are_those_of_separate_passes(reward):
     inputs, targets = torch.randint(50, (3, 8)), torch.randint(50, (3, 8))
     got, got_topk = train.rollout_reward(s, model, inputs, targets, TopK(2))
     logits, topk = model(inputs, TopK(2)), model(inputs)
-    measure = lambda logits: ppo.expected_logp(logits, topk) if reward == 'expected' else ppo.next_token_logp(logits, targets)
+    measure = lambda logits: ppo.expected_gain(logits, topk) if reward == 'expected' else ppo.next_token_logp(logits, targets)
     torch.testing.assert_close(got, measure(logits).flatten().expand(2, -1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got_topk, measure(topk).flatten(), rtol=1e-4, atol=1e-4)
 
