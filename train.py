@@ -1115,7 +1115,7 @@ def working_bytes(s, config, itemsize):
     c, tokens = config, (1 + s.group) * s.ppo_batch * s.seq
     in_pass = min(max(PASS_TOKENS, s.seq), s.group * s.ppo_batch * s.seq)
     experts = in_pass * itemsize * (c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim)
-    logits = 3 * 4 * min(max(2 ** 28, (1 + s.group) * s.seq * c.n_vocab), tokens * c.n_vocab)
+    logits = 4 * 4 * min(max(2 ** 28, (1 + s.group) * s.seq * c.n_vocab), tokens * c.n_vocab)
     return state_bytes(s, c) + 3 * tokens * c.dim * itemsize + max(experts, logits)
 
 
@@ -1333,12 +1333,16 @@ def main(argv=None):
 
 
 def one_line_errors(script, main, argv):
-    """main(argv); a wrong input or a failing disk ends in one line on stderr and exit status 2."""
+    """main(argv); a wrong input or a failing disk ends in one line on stderr and exit status 2, Ctrl-C in one line and status 130."""
+    status = 2
     try:
         main(argv)
         return leave()
     except InputError as e:
         line = str(e)
+    except KeyboardInterrupt:
+        print()                                                # below the progress line
+        line, status = 'interrupted; files that were complete before still are', 130
     except OSError as e:
         line = f'{e.filename or "writing"}: {e.strerror or e}; files that were complete before still are'
     except (MemoryError, RuntimeError) as e:
@@ -1354,8 +1358,8 @@ def one_line_errors(script, main, argv):
         line = f'rank {ranks()[0]}: {line}'
     print(f'{script}: {line}', file=sys.stderr, flush=True)
     if dist.is_initialized():
-        os._exit(2)                                            # what waits for a lost rank would not let us go
-    sys.exit(2)
+        os._exit(status)                                       # what waits for a lost rank would not let us go
+    sys.exit(status)
 
 
 def command_line(argv=None):

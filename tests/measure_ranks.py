@@ -63,5 +63,8 @@ def main(base, folder):
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--child']:
         sys.exit(child(*sys.argv[2:] or [None]))
+    base = Path(sys.argv[1] if sys.argv[1:] else ROOT / 'out/tiny/base').resolve()
+    if not base.is_dir():
+        sys.exit(f'{base} is not there; python train.py learns it')
     with tempfile.TemporaryDirectory() as temporary:
-        main(Path(sys.argv[1] if sys.argv[1:] else ROOT / 'out/tiny/base').resolve(), Path(temporary))
+        main(base, Path(temporary))

@@ -137,3 +137,11 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path, monkeypatch, c
         train.one_line_errors('train.py', lambda argv: write_safetensors(tmp_path / 'x', {'a': torch.zeros(3)}), [])
     assert exit.value.code == 2 and 'No space left' in capsys.readouterr().err
     assert read_safetensors(tmp_path / 'x')[0]['a'].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_in_a_stage_without_a_state_is_one_line(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as exit:
+        train.one_line_errors('bench.py', main, [])
+    assert exit.value.code == 130 and capsys.readouterr().err == 'bench.py: interrupted; files that were complete before still are\n'
