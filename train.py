@@ -1115,6 +1115,7 @@ def working_bytes(s, config, itemsize):
     c, tokens = config, (1 + s.group) * s.ppo_batch * s.seq
     in_pass = min(max(PASS_TOKENS, s.seq), s.group * s.ppo_batch * s.seq)
     experts = in_pass * itemsize * (c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim)
+    # the reward's chunk of logits and what `expected_gain` makes of it: four copies in fp32
     logits = 4 * 4 * min(max(2 ** 28, (1 + s.group) * s.seq * c.n_vocab), tokens * c.n_vocab)
     return state_bytes(s, c) + 3 * tokens * c.dim * itemsize + max(experts, logits)
 
