@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import InputError, read_safetensors, write_safetensors
+from hub.safetensors import InputError, read_safetensors, write_safetensors
 
 
 # ================================================================ rules without training

@@ -41,8 +41,12 @@ import torch.nn.functional as F
 
 import moe_dispatch
 from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, RandomMix, Skip, TopK, TopP, bisect, sample_k
-from model import (Config, InputError, Tokenizer, Transformer, fingerprint, generate, generate_steps, read_config, read_json, read_safetensors,
-                   write_json, write_safetensors)
+from hub.checkpoint import fingerprint
+from hub.config import read_config
+from hub.files import InputError, read_json, write_json
+from hub.safetensors import read_safetensors, write_safetensors
+from hub.tokenizer import Tokenizer
+from model import Config, Transformer, generate, generate_steps
 from moe_dispatch import flops
 from train import (PAPER, PRESETS, OneLineParser, Progress, Settings, Text, base_folder, base_model, calibrate, check_budget, check_ranks,
                    clustered_error, default_device, evaluate, gathered, join, load_model, new_allocators, new_model, one_line_errors, open_device,

@@ -6,10 +6,10 @@ A mixture-of-experts layer computes, for each token x with k experts chosen (pap
 
 Three paths keep one contract and tests compare them; `moe` chooses:
     moe_loop      the reference, obviously right
-    moe_exact     rows sorted by expert, grouped matmuls over exactly sum(k) rows; one host sync; differentiable
-    moe_static    the same over a buffer of P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
+    moe_exact     rows sorted by expert, grouped matmuls over sum(k) rows; one host sync; has a gradient
+    moe_static    the same over P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
 
-    P tokens, C channels, F hidden width of one expert, N routed experts, K the model's top-k, k_max width of `ids`
+    P tokens, C channels, F hidden width of one expert, N routed experts, k_max width of `ids`
 """
 import sys
 
@@ -19,16 +19,21 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- which experts, with which weight
 
+def used(k, k_max):
+    """Which of a token's k_max choices it runs, the first k: (P,) integer -> (P,k_max) bool."""
+    return torch.arange(k_max, device=k.device) < k[:, None]
+
+
 def select(probs, k, k_max, renormalise):
     """The k most probable experts of each token and their weights (eq. 1-3).
 
     probs (P,N) float, k (P,) integer in 1..k_max  ->  ids (P,k_max) int64 by falling probability,
     weights (P,k_max) like probs, exactly 0 from choice k on.
-    `renormalise` scales the kept weights to sum to 1, as the base model does or does not (`norm_topk` in Config).
+    `renormalise` scales the kept weights to sum to 1, as the base model does or does not (`norm_topk` in
+    Config).
     """
     weights, ids = probs.topk(k_max, dim=-1)                                    # (P,k_max) both
-    unused = torch.arange(k_max, device=k.device) >= k[:, None]                 # (P,k_max)
-    weights = weights.masked_fill(unused, 0)
+    weights = weights.masked_fill(~used(k, k_max), 0)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights
@@ -39,31 +44,34 @@ def select(probs, k, k_max, renormalise):
 def moe_loop(x, ids, weights, k, w_in, w_out):
     """The reference: three lines per expert, slow and plain. Same contract as `moe`."""
     y = torch.zeros_like(x, dtype=torch.float32)                                # (P,C)
-    used = torch.arange(ids.shape[1], device=ids.device) < k[:, None]           # (P,k_max)
+    chosen = torch.where(used(k, ids.shape[1]), ids, -1)                        # (P,k_max)
     for n in range(len(w_in)):
-        token, choice = torch.where((ids == n) & used)
+        token, choice = torch.where(chosen == n)                                # (rows,) both
         gate, up = F.linear(x[token], w_in[n]).chunk(2, dim=-1)                 # (rows,F) both
         expert = F.linear(F.silu(gate) * up, w_out[n])                          # (rows,C)
         y = y.index_add(0, token, (weights[token, choice, None] * expert).float())
     return y.to(x.dtype)
 
 
-# ---------------------------------------------------------------- the fast paths: sort by expert, two grouped matmuls
+# ---------------------------------------------------------------- the fast paths: sort by expert, two grouped
+# matmuls
 
 def plan(ids, k, n_experts):
     """Sort the (token, choice) pairs by expert; unused choices go to a pretended expert N, which sorts last.
 
-    ids (P,k_max), k (P,)  ->  token (P*k_max,) the token of each sorted row; row (P,k_max) the sorted row of each choice;
-    ends (N,) int32, where each expert's rows end. Rows from ends[-1] on are the unused choices.
+    ids (P,k_max), k (P,)  ->  token (P*k_max,) the token of each sorted row; row (P,k_max) the sorted row of
+    each choice; ends (N,) int32, where each expert's rows end. Rows from ends[-1] on are the unused choices.
     """
     P, k_max = ids.shape
-    used = torch.arange(k_max, device=ids.device) < k[:, None]                  # (P,k_max)
-    expert, order = torch.where(used, ids, n_experts).flatten().sort(stable=True)
-    ends = torch.searchsorted(expert, torch.arange(n_experts, device=ids.device), right=True, out_int32=True)
-    row = torch.empty_like(order).scatter_(0, order, torch.arange(P * k_max, device=ids.device)).view(P, k_max)
+    mask = used(k, k_max)                                                       # (P,k_max)
+    expert, order = torch.where(mask, ids, n_experts).flatten().sort(stable=True)
+    experts = torch.arange(n_experts, device=ids.device)
+    ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
+    rows = torch.arange(P * k_max, device=ids.device)
+    row = torch.empty_like(order).scatter_(0, order, rows).view(P, k_max)       # the inverse of `order`
     # subtle: an unused choice must not read its own row (never written, perhaps NaN, and 0 * NaN = NaN),
     # so it reads the token's first row, which always exists, with weight 0
-    return order // k_max, torch.where(used, row, row[:, :1]), ends
+    return order // k_max, torch.where(mask, row, row[:, :1]), ends
 
 
 def experts_grouped(rows, ends, w_in, w_out):
@@ -87,25 +95,29 @@ def experts_split(rows, ends, w_in, w_out):
 
 
 def combine(expert, row, weights):
-    """Gather, weigh and sum in one pass with an fp32 accumulator: expert (rows,C), row and weights (P,k_max) -> (P,C)."""
-    if weights.requires_grad and expert.is_cuda and expert.dtype == torch.bfloat16:      # torch 2.11 has no such gradient in embedding_bag
-        return torch.bmm(weights[:, None].to(expert.dtype), expert[row]).squeeze(1)
-    return F.embedding_bag(row, expert, mode='sum', per_sample_weights=weights.to(expert.dtype))
+    """Gather, weigh and sum with an fp32 accumulator: expert (rows,C), row and weights (P,k_max) -> (P,C)."""
+    weights = weights.to(expert.dtype)
+    if weights.requires_grad and expert.is_cuda and expert.dtype == torch.bfloat16:
+        return torch.bmm(weights[:, None], expert[row]).squeeze(1)        # embedding_bag has no such gradient
+    return F.embedding_bag(row, expert, mode='sum', per_sample_weights=weights)
 
 
 def moe_exact(x, ids, weights, k, w_in, w_out):
-    """Over exactly sum(k) rows: no row is wasted and none is garbage, so gradients are right. Same contract as `moe`."""
+    """Over exactly sum(k) rows: none is wasted, none is garbage, gradients are right. Contract as `moe`."""
     token, row, ends = plan(ids, k, len(w_in))
     n_rows = checked(ids, k, ends)                             # the host sync
     rows = x.index_select(0, token[:n_rows])                                    # (sum(k),C)
-    split = not x.is_cuda and not torch.is_grad_enabled() and n_rows * w_in.shape[1] * x.element_size() > SPLIT_BYTES
-    return combine((experts_split if split else experts_grouped)(rows, ends, w_in, w_out), row, weights)
+    between = n_rows * w_in.shape[1] * x.element_size()        # bytes between the two matmuls of all experts
+    split = between > SPLIT_BYTES and not x.is_cuda and not torch.is_grad_enabled()
+    experts = experts_split if split else experts_grouped
+    return combine(experts(rows, ends, w_in, w_out), row, weights)
 
 
 def moe_static(x, ids, weights, k, w_in, w_out):
-    """Over all P*k_max rows, of which the matmuls compute the first sum(k) and leave the rest unwritten. Same contract as `moe`.
+    """Over all P*k_max rows, of which the matmuls compute the first sum(k) and leave the rest unwritten.
 
-    Forward only: in a backward pass the unwritten rows' gradients would be added to real tokens.
+    Same contract as `moe`, forward only: in a backward pass the unwritten rows' gradients would be added to
+    real tokens.
     """
     assert not torch.is_grad_enabled(), 'moe_static is forward only: call it under torch.no_grad()'
     token, row, ends = plan(ids, k, len(w_in))
@@ -114,8 +126,8 @@ def moe_static(x, ids, weights, k, w_in, w_out):
 
 # ---------------------------------------------------------------- the rule
 
-STATIC_TOKENS = 256     # on CUDA so many tokens or fewer are decoding: a host sync would cost more than the rows that static wastes
-SPLIT_BYTES = 2 ** 25   # on a CPU, where what is between the two matmuls of all experts is larger than this, it would leave the cache
+STATIC_TOKENS = 256     # on CUDA, up to here: a host sync would cost more than the rows that static wastes
+SPLIT_BYTES = 2 ** 25   # on a CPU more than this between the two matmuls of all experts would leave the cache
 
 
 def moe(x, ids, weights, k, w_in, w_out):
@@ -123,10 +135,11 @@ def moe(x, ids, weights, k, w_in, w_out):
 
     x (P,C); ids (P,k_max) int64 and weights (P,k_max) from `select`; k (P,) integer in 1..k_max;
     w_in (N,2F,C), gate rows then up rows; w_out (N,C,F)  ->  (P,C) in x's dtype, accumulated in fp32.
-    The rule: few tokens without gradients on CUDA static, everything else exact. AssertionErrors name what breaks the
-    contract; only static does not look at the values of k and ids, which would be a host sync.
+    The rule: few tokens without gradients on CUDA static, everything else exact. AssertionErrors name what
+    breaks the contract; only static does not look at the values of k and ids, which would be a host sync.
     """
-    assert ids.shape == weights.shape and len(ids) == len(x) == len(k), (x.shape, ids.shape, weights.shape, k.shape)
+    shapes = x.shape, ids.shape, weights.shape, k.shape
+    assert ids.shape == weights.shape and len(ids) == len(x) == len(k), shapes
     for name, width in (('C', w_in.shape[2]), ('F', w_out.shape[2])):
         assert width * x.element_size() % 16 == 0, \
             f'{name} = {width} in {x.dtype} is no whole number of 16 bytes, which grouped matmuls need'
@@ -138,8 +151,9 @@ def moe(x, ids, weights, k, w_in, w_out):
 
 
 def checked(ids, k, ends):
-    """sum(k), read together with the extremes of k and ids in one host sync; these must lie in 1..k_max and 0..N-1."""
-    n_rows, k_low, k_high, id_low, id_high = torch.stack([ends[-1].long(), *k.aminmax(), *ids.aminmax()]).tolist()
+    """sum(k), read with the extremes of k and ids in one host sync; these must lie in 1..k_max and 0..N-1."""
+    numbers = torch.stack([ends[-1].long(), *k.aminmax(), *ids.aminmax()])
+    n_rows, k_low, k_high, id_low, id_high = numbers.tolist()
     k_max, N = ids.shape[1], len(ends)
     assert 1 <= k_low and k_high <= k_max, f'k must lie in 1..{k_max}, found {k_low}..{k_high}'
     assert 0 <= id_low and id_high < N, f'expert ids must lie in 0..{N - 1}, found {id_low}..{id_high}'
@@ -148,18 +162,21 @@ def checked(ids, k, ends):
 
 def native(x):
     """Does torch run grouped matmuls of this dtype and device as one kernel, without a host sync?"""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 warned = set()
 
 
 def warn_of_fallback(x):
-    """Say once a dtype that a CUDA device loops over the experts with a host sync: correct, but slow and in no CUDA graph."""
+    """Say once which dtype is a loop with a host sync on this GPU: correct, but slow and in no CUDA graph."""
     if x.is_cuda and not native(x) and x.dtype not in warned:
         warned.add(x.dtype)
-        print(f'moe_dispatch: grouped matmuls in {x.dtype} are a loop on {torch.cuda.get_device_name(x.device)}; '
-              f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x', file=sys.stderr)
+        gpu = torch.cuda.get_device_name(x.device)
+        print(f'moe_dispatch: grouped matmuls in {x.dtype} are a loop on {gpu}; the fast kernel wants '
+              f'bfloat16 and compute capability 9.x or 10.x', file=sys.stderr)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -167,15 +184,17 @@ def warn_of_fallback(x):
 def flops(config, mean_k, T, allocator_params=0):
     """Forward FLOPs of one token in a sequence of T, a multiply-add counted as two: {'experts', 'total'}.
 
-    A routed expert is three matmuls of C x F, so the routed experts of one layer cost 6*C*F*mean_k; `mean_k` is the mean over
-    tokens and MoE layers. Attention is counted as torch.utils.flop_counter counts it, the causal half not discounted.
-    `allocator_params` is the number of allocator weights of all layers: linear maps, two FLOPs a weight and token.
+    A routed expert is three matmuls of C x F, so the routed experts of a layer cost 6*C*F*mean_k; `mean_k` is
+    the mean over tokens and MoE layers. Attention is counted as torch.utils.flop_counter does, the causal
+    half not discounted. `allocator_params`: the allocator weights of all layers, linear maps of two FLOPs a
+    weight and token.
     """
-    c = config
-    attention = 2 * c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 4 * T * c.n_heads * c.head_dim
-    experts = 6 * c.dim * c.expert_dim * mean_k * len(c.moe_layers)
-    routers = 2 * c.dim * c.n_experts * len(c.moe_layers)
-    shared = (6 * c.dim * c.shared_dim + 2 * c.dim * c.shared_gate) * len(c.moe_layers)
+    c, L = config, len(config.moe_layers)
+    projections = 2 * c.dim * c.head_dim * 2 * (c.n_heads + c.n_kv_heads)
+    attention = projections + 4 * T * c.n_heads * c.head_dim
+    experts = 6 * c.dim * c.expert_dim * mean_k * L
+    routers = 2 * c.dim * c.n_experts * L
+    shared = (6 * c.dim * c.shared_dim + 2 * c.dim * c.shared_gate) * L
     dense = 6 * c.dim * c.dense_dim * len(c.dense_layers)
     head = 2 * c.dim * c.n_vocab
     rest = attention * c.n_layers + routers + shared + dense + head + 2 * allocator_params

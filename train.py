@@ -47,8 +47,14 @@ import torch.nn.functional as F
 
 import ppo
 from allocator import (AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, SoftMixture, bisect, mass_labels)
-from model import (CHECKPOINTS, Config, InputError, Streamed, Tokenizer, Transformer, byte_characters, find_checkpoint, fingerprint, hub_tensors,
-                   load, read_config, read_json, read_safetensors, save, shard, stream, write_json, write_safetensors, write_whole)
+from hub.checkpoint import CHECKPOINTS, find_checkpoint, fingerprint, hub_tensors, load, save
+from hub.config import read_config, to_hf, weight_dtype
+from hub.files import InputError, read_json, write_json, write_whole
+from hub.safetensors import read_safetensors, write_safetensors
+from hub.tokenizer import Tokenizer, byte_characters
+from model import Config, Transformer
+from scale.shard import shard
+from scale.stream import Streamed, stream
 from moe_dispatch import flops
 
 matplotlib.use('Agg')           # figures go to files, a screen is not needed
@@ -620,7 +626,7 @@ def base_model(s, out):
                         head_dim=s.dim // s.n_heads, n_experts=s.n_experts, top_k=s.top_k, expert_dim=s.expert_dim,
                         eos=n_vocab - 1)
         write_json(new / 'tokenizer.json', tokenizer_json(merges))
-        write_json(new / 'config.json', config.to_hf())
+        write_json(new / 'config.json', to_hf(config))
         print(f'text: {sum(map(len, documents.values())) / 1e6:.1f}M characters in {len(documents)} documents, '
               f'{n_vocab} tokens learnt in {time.time() - start:.0f} s', flush=True)
         tokenizer = Tokenizer(new)
@@ -658,12 +664,6 @@ def check_forward(model, inputs):
 def base_folder(s, out):
     """Where the base model of a run is."""
     return find_checkpoint(s.ckpt) if s.ckpt else out / 'base'
-
-
-def weight_dtype(folder):
-    """The dtype that a checkpoint's config names."""
-    hf = read_json(folder / 'config.json')
-    return {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(hf.get('torch_dtype') or hf.get('dtype'), torch.float32)
 
 
 def load_model(s, folder, learns=False):

@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from model import read_json, read_safetensors, write_json  # noqa: E402
+from hub.files import read_json, write_json  # noqa: E402
+from hub.safetensors import read_safetensors  # noqa: E402
 
 KILLS, STEPS = 50, 1500
 COMMAND = [sys.executable, ROOT / 'train.py', '--preset', 'smoke', '--ppo-steps', str(STEPS), '--save-every', '5']

@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import Config, Transformer, hub_tensors, load, write_json, write_safetensors  # noqa: E402
+from hub.checkpoint import hub_tensors, load  # noqa: E402
+from hub.config import to_hf  # noqa: E402
+from hub.files import write_json  # noqa: E402
+from hub.safetensors import write_safetensors  # noqa: E402
+from model import Config, Transformer  # noqa: E402
 
 SHARDS = 5
 
@@ -30,7 +34,7 @@ def make(folder):
     for file in sorted(set(places.values())):
         write_safetensors(folder / file, {name: torch.randn(shapes[name]).bfloat16() for name in shapes if places[name] == file})
     write_json(folder / 'model.safetensors.index.json', {'weight_map': places})
-    write_json(folder / 'config.json', config.to_hf())
+    write_json(folder / 'config.json', to_hf(config))
 
 
 def cold(folder):

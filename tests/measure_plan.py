@@ -18,7 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import train  # noqa: E402
 from bench import markdown  # noqa: E402
 from measure_stream import make  # noqa: E402
-from model import Config, write_json  # noqa: E402
+from hub.files import write_json  # noqa: E402
+from model import Config  # noqa: E402
 from test_published import HUB  # noqa: E402
 
 PUBLISHED = train.Settings(paper=True, **train.PAPER, seq=2048, ppo_batch=16, ppo_steps=625, warm_steps=625)
@@ -46,7 +47,7 @@ def predicted(folder):
         ckpt = folder / f'{len(rows)}'
         ckpt.mkdir()
         make(ckpt, Config(**sizes, n_vocab=1024))
-        write_json(ckpt / 'config.json', {**Config(**sizes, n_vocab=1024).to_hf(), 'torch_dtype': 'float32'})
+        write_json(ckpt / 'config.json', {**to_hf(Config(**sizes, n_vocab=1024)), 'torch_dtype': 'float32'})
         args = [f'--{key.replace("_", "-")}={value}' for key, value in {**RUN, 'ckpt': ckpt, 'out': folder / 'run'}.items()]
         s, _ = train.parse(args)
         p = train.plan(s)

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from measure_stream import make  # noqa: E402
-from model import Config, read_safetensors, write_json  # noqa: E402
+from hub.files import write_json  # noqa: E402
+from hub.safetensors import read_safetensors  # noqa: E402
+from model import Config  # noqa: E402
 
 
 def ranks(n, *command):

@@ -22,7 +22,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import interleaved, markdown, summary  # noqa: E402
-from model import Config, Tokenizer, Transformer, hub_tensors, load, read_json, stream, write_json, write_safetensors  # noqa: E402
+from hub.checkpoint import hub_tensors, load  # noqa: E402
+from hub.config import to_hf  # noqa: E402
+from hub.files import read_json, write_json  # noqa: E402
+from hub.safetensors import write_safetensors  # noqa: E402
+from hub.tokenizer import Tokenizer  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+from scale.stream import stream  # noqa: E402
 from train import learn_bpe, read_documents, split_documents, tokenizer_json  # noqa: E402
 
 TRAIN = ['--seq', '128', '--ppo-batch', '4', '--ppo-steps', '4', '--preset', 'smoke']
@@ -39,7 +45,7 @@ def make(folder, config):
     write_json(folder / 'model.safetensors.index.json', {'weight_map': {name: place(name) for name in shapes}})
     merges = learn_bpe(split_documents(read_documents('', 60))[0], config.n_vocab - 1)
     write_json(folder / 'tokenizer.json', tokenizer_json(merges))
-    write_json(folder / 'config.json', {**config.to_hf(), 'torch_dtype': 'bfloat16'})
+    write_json(folder / 'config.json', {**to_hf(config), 'torch_dtype': 'bfloat16'})
     assert Tokenizer(folder).n_vocab <= config.n_vocab
 
 

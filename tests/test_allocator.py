@@ -4,7 +4,7 @@ import torch
 
 from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopP, bisect, mass_labels
 from conftest import tiny_config
-from model import InputError
+from hub.files import InputError
 
 ROWS = torch.tensor([[.05, .5, .15, .3], [.25, .25, .25, .25], [.97, .01, .01, .01]])
 

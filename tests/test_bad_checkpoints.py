@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import train
-from model import InputError, Tokenizer, find_checkpoint, load, read_json, read_safetensors, write_json, write_safetensors
+from hub.checkpoint import find_checkpoint, load
+from hub.files import InputError, read_json, write_json
+from hub.safetensors import read_safetensors, write_safetensors
+from hub.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / 'golden'
 NORM = 'model.norm.weight'

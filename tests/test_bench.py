@@ -11,7 +11,9 @@ import torch
 import bench
 import train
 from allocator import AdaK, Allocators, Counted, RandomMix, Skip, TopK, TopP
-from model import Tokenizer, generate, load
+from hub.checkpoint import load
+from hub.tokenizer import Tokenizer
+from model import generate
 
 ROOT = Path(__file__).parent.parent
 

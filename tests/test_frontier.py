@@ -11,7 +11,7 @@ import ppo
 import train
 from allocator import AdaK, Allocators, Counted, EntropyBands, PerLayer, Skip, SoftMixture, TopK, TopP, tail_ratios
 from conftest import random_model, tiny_config
-from model import Tokenizer
+from hub.tokenizer import Tokenizer
 from train import Settings, Text
 
 

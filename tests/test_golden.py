@@ -9,7 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_dispatch
-from model import Config, Tokenizer, load, read_json, read_safetensors
+from hub.checkpoint import load
+from hub.config import from_hf
+from hub.files import read_json
+from hub.safetensors import read_safetensors
+from hub.tokenizer import Tokenizer
+from model import Config
 
 GOLDEN = Path(__file__).parent / 'golden'
 MODELS = sorted(p.name for p in GOLDEN.iterdir() if not p.name.startswith('tokenizer'))
@@ -56,14 +61,14 @@ def test_configs_of_transformers_4_and_5_say_the_same():
         new = read_json(GOLDEN / name / 'config.json')
         old = {**new, 'rope_theta': (new.get('rope_parameters') or new)['rope_theta'], 'rope_scaling': None}
         old.pop('rope_parameters', None)
-        assert Config.from_hf(new) == Config.from_hf(old)
+        assert from_hf(new) == from_hf(old)
 
 
 def test_sharded_and_tied_checkpoints_are_among_the_goldens():
     assert len(list((GOLDEN / 'mixtral-tied-sharded').glob('model-*.safetensors'))) > 1
-    assert Config.from_hf(read_json(GOLDEN / 'mixtral-tied-sharded/config.json')).tie
-    assert Config.from_hf(read_json(GOLDEN / 'deepseek-1/config.json')).dense_layers == (0,)
-    assert Config.from_hf(read_json(GOLDEN / 'qwen2_moe-every-second/config.json')).dense_layers == (0,)
+    assert from_hf(read_json(GOLDEN / 'mixtral-tied-sharded/config.json')).tie
+    assert from_hf(read_json(GOLDEN / 'deepseek-1/config.json')).dense_layers == (0,)
+    assert from_hf(read_json(GOLDEN / 'qwen2_moe-every-second/config.json')).dense_layers == (0,)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -7,7 +7,11 @@ import moe_dispatch
 import train
 from allocator import AdaK, Allocators, Counted, RandomMix, TopK
 from conftest import random_model, tiny_config
-from model import Cache, InputError, StaticCache, Tokenizer, generate, load, read_safetensors, save, write_json, write_safetensors
+from hub.checkpoint import load, save
+from hub.files import InputError, write_json
+from hub.safetensors import read_safetensors, write_safetensors
+from hub.tokenizer import Tokenizer
+from model import Cache, StaticCache, generate
 
 
 def test_static_k_equals_the_plain_model():

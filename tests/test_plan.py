@@ -11,7 +11,9 @@ import torch
 import train
 from allocator import Allocators, Rollout
 from conftest import random_model, tiny_config
-from model import InputError, save, stream
+from hub.checkpoint import save
+from hub.files import InputError
+from scale.stream import stream
 from test_published import HUB
 from train import Settings
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from allocator import Allocators
-from model import Config, Transformer, hub_tensors
+from hub.checkpoint import hub_tensors
+from hub.config import from_hf
+from model import Config, Transformer
 
 MIXTRAL = dict(model_type='mixtral', num_local_experts=8, num_experts_per_tok=2, num_key_value_heads=8, rope_theta=1e6,
                rms_norm_eps=1e-5, sliding_window=None, hidden_act='silu', tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
@@ -56,7 +58,7 @@ SHAPES = {
 
 @pytest.mark.parametrize('name', HUB)
 def test_published_model_on_the_meta_device(name):
-    config = Config.from_hf(HUB[name])
+    config = from_hf(HUB[name])
     with torch.device('meta'):
         model = Transformer(config).to(torch.bfloat16)
         allocators = Allocators(config, config.n_experts, False)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train
-from model import load, read_safetensors, save
+from hub.checkpoint import load, save
+from hub.safetensors import read_safetensors
 
 HERE = Path(__file__).parent
 SMOKE = ['--preset', 'smoke', '--ppo-steps', '20', '--data', str(HERE)]      # our own sources: little text, quickly read
@@ -73,17 +74,21 @@ def test_a_rank_ends_at_once_with_its_status_and_all_it_said():
 SHARD = '''
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import bench, model, train
-from model import generate, load, shard
+import bench, train
+import hub.safetensors as files
+from pathlib import Path
+from hub.checkpoint import load
+from model import generate
+from scale.shard import shard
 dist.init_process_group('gloo')
-read, real = [], model.os.preadv
-model.os.preadv = lambda f, places, at: read.append(real(f, places, at)) or read[-1]
+read, real = [], files.os.preadv
+files.os.preadv = lambda f, places, at: read.append(real(f, places, at)) or read[-1]
 for folder in sys.argv[2:]:
     read.clear()
     sharded = shard(folder, torch.float32, 'cpu')
     mine, whole = sum(read), load(folder)
-    file = next(iter(sorted(model.Path(folder).glob('model*.safetensors'))))
-    width = next(iter(model.read_header(file)[0].values()))[0].itemsize
+    file = next(iter(sorted(Path(folder).glob('model*.safetensors'))))
+    width = next(iter(files.read_header(file)[0].values()))[0].itemsize
     everything = sum(p.numel() for p in whole.parameters())
     kept = sum(getattr(p, '_local_tensor', p).numel() for p in sharded.parameters())
     assert mine == kept * width and kept < everything * (0.5 / dist.get_world_size() + 0.5), (mine, kept, everything)

@@ -16,5 +16,5 @@ def test_every_file_and_function_named_exists():
     text = (ROOT / 'README.md').read_text()
     for figure in re.findall(r'!\[.*?\]\((.*?)\)', text):
         assert (ROOT / figure).exists(), figure
-    for file, name in re.findall(r'`(\w+\.py):(\w+)`', text):
+    for file, name in re.findall(r'`([\w/]+\.py):(\w+)`', text):
         assert re.search(rf'^(def|class) {name}\b', (ROOT / file).read_text(), re.MULTILINE), (file, name)

@@ -14,7 +14,7 @@ import torch
 
 import train
 from conftest import random_model, tiny_config
-from model import read_safetensors, write_safetensors
+from hub.safetensors import read_safetensors, write_safetensors
 
 TRAIN = Path(__file__).parent.parent / 'train.py'
 STEPS = '40'

@@ -7,7 +7,10 @@ import torch
 import train
 from allocator import AdaK, Allocators, TopK
 from conftest import random_model, tiny_config
-from model import InputError, generate, load, save, stream
+from hub.checkpoint import load, save
+from hub.files import InputError
+from model import generate
+from scale.stream import stream
 
 GOLDEN = Path(__file__).parent / 'golden'
 MODELS = sorted(p.parent.name for p in GOLDEN.glob('*/model*.safetensors') if 'index' not in p.name and '00002' not in p.name)

@@ -13,7 +13,10 @@ from conftest import random_model, tiny_config
 import bench
 import train
 from allocator import AdaK, Allocators, Counted, EntropyBands, Skip, TopK
-from model import Tokenizer, generate, save, write_json
+from hub.checkpoint import save
+from hub.files import write_json
+from hub.tokenizer import Tokenizer
+from model import generate
 
 TEXT = 'the cat sat on the mat; the dog ran to the door and the cat ran up the tree. ' * 3
 

@@ -12,7 +12,12 @@ import torch
 import train
 from allocator import Allocators
 from conftest import python_train, random_model, tiny_config
-from model import Config, Tokenizer, hub_tensors, load, write_json, write_safetensors
+from hub.checkpoint import hub_tensors, load
+from hub.config import from_hf
+from hub.files import write_json
+from hub.safetensors import write_safetensors
+from hub.tokenizer import Tokenizer
+from model import Config
 
 GOLDEN = Path(__file__).parent / 'golden'
 
@@ -182,7 +187,7 @@ def checkpoint(folder, hf, tokenizer, dtype):
     """A random model of a hub config with one of the golden tokenizers, written as the hub has it."""
     torch.manual_seed(0)
     shutil.copytree(GOLDEN / tokenizer, folder)
-    config = Config.from_hf(hf)
+    config = from_hf(hf)
     model = random_model(config).to(dtype)
     write_safetensors(folder / 'model.safetensors', hub_tensors(model))
     write_json(folder / 'config.json', {**hf, 'torch_dtype': str(dtype).removeprefix('torch.')})
@@ -208,10 +213,10 @@ def test_the_whole_pipeline_on_a_loaded_checkpoint(name, tmp_path):
                 '--out', str(tmp_path / 'out')])
     results = json.loads((tmp_path / 'out/results.json').read_text())
     rows = {row['method']: row for row in results['rows']}
-    L = len(Config.from_hf(hf).moe_layers)
+    L = len(from_hf(hf).moe_layers)
     assert all(len(row['mean_k_by_layer']) == L and np.isfinite(row['loss']) for row in rows.values())
     assert rows['top-k']['mean_k'] == 4 and rows['ada-k']['mean_k'] < 3.4
-    assert Allocators.load(tmp_path / 'out/allocator.safetensors', Config.from_hf(hf)).weight.shape == (L, 8, 32 + 8 + 3)
+    assert Allocators.load(tmp_path / 'out/allocator.safetensors', from_hf(hf)).weight.shape == (L, 8, 32 + 8 + 3)
 
 
 def test_jsonl_rows_become_documents(tmp_path):
