@@ -1,15 +1,13 @@
 """allocator.py: who decides how many experts a token runs.
 
 Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`, the seam of model.py:
-    layer 0..L-1, x (P,C) what the router reads, probs (P,N) the router's fp32 softmax  ->  k (P,) int64 in 1..k_max.
+    layer 0..L-1, x (P,C) what the router reads, probs (P,N) its fp32 softmax -> k (P,) int64 in 1..k_max
 
-    TopK          the same k for every token                                    knob: k
-    RandomMix     k drawn between two neighbouring integers, blind to content   knob: mean k
-    PerLayer      the same for every layer apart                                knobs: mean k of each layer
-    TopP          the least k whose router mass reaches p (Huang et al. 2024)   knob: p
-    Skip          drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)   knob: beta
-    EntropyBands  the more experts the higher the entropy of the router         knob: scale
-    AdaK          the trained allocators of the paper (eq. 4, 5)                knob: price
+    TopK        the same k for every token                                      knob: k
+    RandomMix   k drawn between two neighbouring integers, blind to content     knob: mean k
+    TopP        the least k whose router mass reaches p (Huang et al. 2024)     knob: p
+    Skip        drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)     knob: beta
+    AdaK        the trained allocators of the paper (eq. 4, 5)                  knob: price
 
 A knob is calibrated on one split of the text to a wanted mean k (`bisect`) and reported on another.
 """
@@ -35,9 +33,10 @@ class TopK:
 
 
 class RandomMix:
-    """floor(mean_k) or one more, drawn so that the mean is mean_k: what a blind saving of the same size costs.
+    """floor(mean_k) or one more, drawn so that the mean is mean_k: what a blind saving of that size costs.
 
-    Draws from torch's default generator of the device: torch.manual_seed repeats it, and a CUDA graph can hold it.
+    Draws from torch's default generator of the device: torch.manual_seed repeats it, a CUDA graph can hold
+    it.
     """
 
     def __init__(self, mean_k):
@@ -47,17 +46,6 @@ class RandomMix:
 
     def __call__(self, layer, x, probs):
         return self.low + (torch.rand(len(x), device=x.device) < self.high_share).long()
-
-
-class PerLayer:
-    """One mean k per layer, blind to content within it: `RandomMix` for every layer apart."""
-
-    def __init__(self, mean_k):
-        self.layers = [RandomMix(k) for k in mean_k]
-        self.k_max = max(mix.k_max for mix in self.layers)
-
-    def __call__(self, layer, x, probs):
-        return self.layers[layer](layer, x, probs)
 
 
 class TopP:
@@ -75,56 +63,45 @@ class TopP:
 
 def mass_labels(probs, p):
     """The least number of experts whose router mass reaches p (eq. 12): probs (P,N) -> (P,) int64 in 1..N."""
-    before = probs.sort(dim=-1, descending=True).values.cumsum(-1)[:, :-1]      # (P,N-1) mass of the first 1..N-1
+    in_order = probs.sort(dim=-1, descending=True).values
+    before = in_order.cumsum(-1)[:, :-1]                                    # (P,N-1) mass of the first 1..N-1
     return 1 + (before < p).sum(-1)
 
 
 class Skip:
     """Of the model's own K experts keep the least k whose tail weighs at most beta times what is kept.
 
-    k is the least with p_{k+1} + .. + p_K <= beta * (p_1 + .. + p_k). For K = 2 this is the published rule: drop the
-    second expert if w_2 <= beta w_1. Example: (.4, .3, .2, .1) of K = 4 with beta = .5 -> 2, since .3 <= .5 * .7.
+    k is the least with p_{k+1} + .. + p_K <= beta * (p_1 + .. + p_k). For K = 2 this is the published rule:
+    drop the second expert if w_2 <= beta w_1. Example: (.4, .3, .2, .1) of K = 4, beta = .5 -> 2, since .3 <=
+    .5 * .7.
     """
 
     def __init__(self, beta, top_k):
         self.beta, self.k_max = beta, top_k
 
     def __call__(self, layer, x, probs):
-        return 1 + (tail_ratios(probs.topk(self.k_max, dim=-1).values) > self.beta).sum(-1)
+        ratios = tail_ratios(probs.topk(self.k_max, dim=-1).values)         # (P,K-1)
+        return 1 + (ratios > self.beta).sum(-1)
 
 
 def tail_ratios(p):
-    """(p_{k+1} + .. + p_K) / (p_1 + .. + p_k) for k = 1..K-1, falling with k: p (P,K) in falling order -> (P,K-1)."""
+    """(p_{k+1} + .. + p_K) / (p_1 + .. + p_k) for k = 1..K-1: p (P,K) in falling order -> (P,K-1)."""
     kept = p.cumsum(-1)
     return (kept[:, -1:] - kept[:, :-1]) / kept[:, :-1]
-
-
-class EntropyBands:
-    """k = scale * exp(H), rounded, at least 1 and at most k_max: H is the router's entropy in nats, exp(H) its effective number of experts.
-
-    The bands of H lie between log((k - 1/2) / scale) and log((k + 1/2) / scale).
-    Example: the uniform (1/4, 1/4, 1/4, 1/4) has exp(H) = 4; with scale .5 -> 2; a sure (1, 0, 0, 0) -> 1.
-    """
-
-    def __init__(self, scale, k_max):
-        self.scale, self.k_max = scale, k_max
-
-    def __call__(self, layer, x, probs):
-        effective = torch.special.entr(probs).sum(-1).exp()                     # (P,)
-        return (self.scale * effective).round().long().clamp(1, self.k_max)
 
 
 # ================================================================ the trained allocators
 
 class Allocators(nn.Module):
-    """One linear map per MoE layer from what the router sees to a distribution over k (eq. 4): logits = W z + b.
+    """One linear map per MoE layer from what the router sees to a distribution over k (eq. 4): W z + b.
 
-    As published (`extended=False`) z = x and k = 1..N: W is (N,C), no bias. Extended, the default of train.py, z is x,
-    the logarithms of the router's sorted probabilities, and those of Skip's ratios, all standardised by the `mean` and `std`
-    of a first batch: the router has already learnt how sure it is, and a map that is linear in x would have to learn it again.
+    As published (`extended=False`) z = x and k = 1..N: W is (N,C), no bias. Extended, the default of
+    train.py, z is x, the logarithms of the router's sorted probabilities, and those of Skip's ratios, all
+    standardised by the `mean` and `std` of a first batch: a map that is linear in x would have to learn again
+    what the router knows.
 
-    weight (L,k_max,n_in), bias (L,k_max), mean and std (L,n_in), all fp32; `price` shifts the logits by -price * k at
-    inference (`AdaK`), a dial between fewer and more experts.
+    weight (L,k_max,n_in), bias (L,k_max), mean and std (L,n_in), all fp32; `price` shifts the logits by
+    -price * k at inference (`AdaK`), a dial between fewer and more experts.
     """
 
     def __init__(self, config, k_max, extended):
@@ -137,19 +114,20 @@ class Allocators(nn.Module):
         self.register_buffer('mean', torch.zeros(L, n_in))
         self.register_buffer('std', torch.ones(L, n_in))
         self.register_buffer('price', torch.zeros(()))
-        self.fingerprint = {name: getattr(config, name) for name in
-                            ('model_type', 'n_vocab', 'dim', 'n_layers', 'n_experts', 'top_k', 'expert_dim')}
+        facts = 'model_type', 'n_vocab', 'dim', 'n_layers', 'n_experts', 'top_k', 'expert_dim'
+        self.fingerprint = {name: getattr(config, name) for name in facts}
 
     def inputs(self, layer, x, probs):
-        """z (P,n_in) fp32 of one layer, a constant for the training: no gradient flows into the base model."""
+        """z (P,n_in) fp32 of one layer, a constant: no gradient flows into the base model."""
         z = x.detach().float()
         if self.extended:
-            p = probs.detach().sort(dim=-1, descending=True).values
-            z = torch.cat([z, p.clamp_min(1e-9).log(), tail_ratios(p[:, :self.top_k]).clamp_min(1e-9).log()], dim=-1)
+            p = probs.detach().sort(dim=-1, descending=True).values         # (P,N)
+            ratios = tail_ratios(p[:, :self.top_k])                         # (P,K-1)
+            z = torch.cat([z, p.clamp_min(1e-9).log(), ratios.clamp_min(1e-9).log()], dim=-1)
         return (z - self.mean[layer]) / self.std[layer]
 
     def logits(self, layer, z):
-        """(P,n_in) -> (P,k_max); or all layers at once with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
+        """(P,n_in) -> (P,k_max); all layers at once with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
         return z @ self.weight[layer].mT + self.bias[layer].unsqueeze(-2)
 
     def n_params(self):
@@ -163,7 +141,7 @@ class Allocators(nn.Module):
 
     @classmethod
     def load(cls, path, config):
-        """The allocators in a file; InputError if the file is damaged or was trained for another base model."""
+        """The allocators in a file; InputError if it is damaged or was trained for another base model."""
         try:
             tensors, metadata = read_safetensors(path)
         except OSError as e:
@@ -173,8 +151,10 @@ class Allocators(nn.Module):
         shape = json.loads(metadata['allocators'])
         allocators = cls(config, shape['k_max'], shape['extended'])
         for name, ours in allocators.fingerprint.items():
-            if ours != shape['base'].get(name):
-                raise InputError(f'{path}: trained for a base model with {name} {shape["base"].get(name)}, this one has {ours}')
+            theirs = shape['base'].get(name)
+            if ours != theirs:
+                raise InputError(f'{path}: trained for a base model with {name} {theirs}, '
+                                 f'this one has {ours}')
         expected = {name: t.shape for name, t in allocators.state_dict().items()}
         if expected != {name: t.shape for name, t in tensors.items()}:
             raise InputError(f'{path}: tensors do not have the names and shapes that its header promises')
@@ -188,24 +168,27 @@ class AdaK:
     def __init__(self, allocators, price=None):
         self.allocators, self.k_max = allocators, allocators.k_max
         price = allocators.price if price is None else price
-        self.shift = price * torch.arange(1, self.k_max + 1, device=allocators.weight.device)    # (k_max,)
+        n = torch.arange(1, self.k_max + 1, device=allocators.weight.device)
+        self.shift = price * n                                              # (k_max,)
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
-        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs)) - self.shift
-        return 1 + logits.argmax(-1)
+        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs))     # (P,k_max)
+        return 1 + (logits - self.shift).argmax(-1)
 
 
 def sample_k(logp, noise):
-    """k (P,) drawn from logp (P,A) by noise (P,) uniform in [0,1): the least k whose cumulative probability exceeds it."""
-    return 1 + (logp.exp().cumsum(-1)[:, :-1] <= noise[:, None]).sum(-1)                         # A takes what rounding leaves
+    """k (P,) drawn from logp (P,A) by noise (P,) in [0,1): the least k whose cumulative exceeds it."""
+    cumulative = logp.exp().cumsum(-1)[:, :-1]                         # (P,A-1); A takes what rounding leaves
+    return 1 + (cumulative <= noise[:, None]).sum(-1)
 
 
 class Rollout:
-    """Samples k from the allocators and keeps what PPO needs. One object per rollout of P tokens, in one forward pass or several.
+    """Samples k from the allocators and keeps what PPO needs: of P tokens, in one forward pass or several.
 
-    noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens are cut into passes.
-    After the passes: z (L,P,n_in), k (L,P), logp (L,P), the log-probability of each k under the policy that drew it.
+    noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens
+    are cut into passes. After the passes: z (L,P,n_in), k (L,P), logp (L,P), the log-probability of each k
+    when it was drawn.
     """
 
     def __init__(self, allocators, noise):
@@ -219,63 +202,50 @@ class Rollout:
         here = slice(self.seen[layer], self.seen[layer] + len(x))
         self.seen[layer] = here.stop
         z = self.allocators.inputs(layer, x, probs)
-        logp = F.log_softmax(self.allocators.logits(layer, z), -1)                               # (P,k_max)
-        k = sample_k(logp, self.noise[layer, here])                                              # (P,)
-        self.z[layer, here], self.k[layer, here], self.logp[layer, here] = z, k, logp.gather(1, k[:, None] - 1).squeeze(1)
+        logp = F.log_softmax(self.allocators.logits(layer, z), -1)          # (P,k_max)
+        k = sample_k(logp, self.noise[layer, here])                         # (P,)
+        self.z[layer, here], self.k[layer, here] = z, k
+        self.logp[layer, here] = logp.gather(1, k[:, None] - 1).squeeze(1)
         return k
 
 
-class SoftMixture:
-    """Learning without RL: every token runs k_max experts, and its output is the mean over k of what k experts would give.
+# ================================================================ looking on, and calibrating
 
-    y = sum_k pi_k y_k with pi from the allocators, so backpropagation through the model reaches them. One object per pass;
-    after it `pi` is (L,P,k_max). Costs what k_max experts cost, forwards and backwards; for inference take `AdaK`.
-    """
+class Watched:
+    """A policy with an onlooker: look(layer, x, probs, k) is called with every decision."""
 
-    def __init__(self, allocators):
-        self.allocators, self.k_max, self.steps = allocators, allocators.k_max, []
-
-    def __call__(self, layer, x, probs):
-        self.steps.append(F.softmax(self.allocators.logits(layer, self.allocators.inputs(layer, x, probs)), -1))
-        return torch.full((len(x),), self.k_max, device=x.device)
-
-    def select(self, probs, k, k_max, renormalise):
-        """ids and weights (P,k_max): expert j gets p_j times the sum over k >= j of pi_k / (p_1 + .. + p_k), or of pi_k alone."""
-        p, ids = probs.topk(k_max, dim=-1)
-        share = self.steps[-1] / p.cumsum(-1) if renormalise else self.steps[-1]
-        return ids, p * share.flip(-1).cumsum(-1).flip(-1)
-
-    @property
-    def pi(self):
-        return torch.stack(self.steps)
-
-
-# ================================================================ counting and calibrating
-
-class Counted:
-    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer, on the policy's device."""
-
-    def __init__(self, policy, n_layers, device='cpu'):
-        self.policy, self.k_max = policy, policy.k_max
-        self.counts = torch.zeros(n_layers, policy.k_max + 1, dtype=torch.long, device=device)
+    def __init__(self, policy, look):
+        self.policy, self.look, self.k_max = policy, look, policy.k_max
 
     def __call__(self, layer, x, probs):
         k = self.policy(layer, x, probs)
-        self.counts[layer].scatter_add_(0, k, torch.ones_like(k))
+        self.look(layer, x, probs, k)
         return k
+
+
+class Counted(Watched):
+    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer."""
+
+    def __init__(self, policy, n_layers, device='cpu'):
+        super().__init__(policy, self.count)
+        self.counts = torch.zeros(n_layers, policy.k_max + 1, dtype=torch.long, device=device)
+
+    def count(self, layer, x, probs, k):
+        self.counts[layer].scatter_add_(0, k, torch.ones_like(k))
 
     def mean_by_layer(self):
         counts = self.counts.cpu()
-        return (counts * torch.arange(self.k_max + 1)).sum(1) / counts.sum(1)                    # (L,)
+        return (counts * torch.arange(self.k_max + 1)).sum(1) / counts.sum(1)               # (L,)
 
     def mean(self):
         return self.mean_by_layer().mean().item()
 
 
 def bisect(mean_k, target, low, high, steps=12):
-    """The knob in low..high at which mean_k(knob) comes nearest to target, within 0.2%; mean_k rises from low to high.
+    """The knob in low..high at which mean_k(knob), rising, comes nearest to target, within 0.2%.
 
-    `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives an end.
+    `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives
+    an end.
     """
     best = None
     for _ in range(steps):

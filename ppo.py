@@ -1,11 +1,12 @@
 """ppo.py: the training of the allocators as pure functions: tensors in, a loss and its statistics out.
 
-The trajectory of one token is its L decisions k_1 .. k_L, one per MoE layer; depth is the time axis. The reward comes once, after
-the last layer: the log-probability that the frozen model gives the token (eq. 6). The state of a decision does not depend on the
-allocators' weights within an epoch, so nothing here runs the language model, forwards or backwards.
+The trajectory of one token is its L decisions k_1 .. k_L, one per MoE layer; depth is the time axis. The
+reward comes once, after the last layer: the log-probability that the frozen model gives the token (eq. 6).
+The state of a decision does not depend on the allocators' weights within an epoch, so nothing here runs the
+language model.
 
-    L layers with a router, P tokens (positions with a reward), G rollouts of the same tokens, A = k_max actions k = 1..A
-    logits (L,P,A), k (L,P) int64, logp (L,P) log pi(k|state), adv (L,P) or (P,) in nats
+    L layers with a router, P tokens (positions with a reward), G rollouts of the same tokens, A = k_max
+    actions logits (L,P,A), k (L,P) int64 in 1..A, logp (L,P) log pi(k|state), adv (L,P) or (P,) in nats
 """
 import torch
 import torch.nn.functional as F
@@ -20,49 +21,52 @@ def next_token_logp(logits, targets):
 
     subtle: k at position t changes the prediction of token t+1, so `targets` is the text shifted by one.
     """
-    return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none').view(targets.shape)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction='none')
+    return -nats.view(targets.shape)
 
 
 def expected_gain(logits, logits_topk):
-    """The reward without its luck: log p(next token) - log p_topk(next token) in nats, expected under p_topk, the model's own prediction.
+    """The reward without its luck: log p(token) - log p_topk(token) in nats, expected under p_topk itself.
 
-    That is -KL(p_topk || p): what the plan does to the whole prediction, not only to the one token that happened to come next. For a
-    calibrated model its mean is that of the difference of `next_token_logp`; the variance is far smaller.
-    logits (..,V) and logits_topk broadcasting to them -> (..) fp32, exactly 0 where they are equal.
+    That is -KL(p_topk || p): what the plan does to the whole prediction, not only to the one token that came.
+    For a calibrated model its mean is that of the difference of `next_token_logp`; the variance is far
+    smaller. logits (..,V) and logits_topk broadcasting to them -> (..) fp32, exactly 0 where they are equal.
 
-    subtle: -log E[exp(change - E change)] makes a small number of small numbers. A difference of two log p of some nats each would
-    carry their rounding, which depends on how tokens are cut into passes, and Adam's first steps would show it.
+    subtle: -log E[exp(change - E change)] makes a small number of small numbers. A difference of two log p of
+    some nats each would carry their rounding, which depends on how tokens are cut into passes.
     """
-    p = F.softmax(logits_topk.float(), -1)                                                      # (..,V)
+    p = F.softmax(logits_topk.float(), -1)                                      # (..,V)
     change = logits.float() - logits_topk.float()
     change = change - (p * change).sum(-1, keepdim=True)
-    return -(p * change.clamp(max=80).expm1()).sum(-1).log1p()                                  # e^80 does not overflow
+    return -(p * change.clamp(max=80).expm1()).sum(-1).log1p()                  # e^80 does not overflow
 
 
 def topk_advantage(logp, logp_topk, gamma=1.0, n_layers=1):
-    """The published advantage (eq. 9): A_l = gamma^(L-l) (log p under the sampled k - log p under the model's own top-k).
+    """The published advantage (eq. 9): A_l = gamma^(L-l) (log p under the sampled k - log p under top-k).
 
-    logp, logp_topk (P,) -> (L,P), L = n_layers. Exactly 0 for a token whose sampled plan is top-k (in an exact forward).
+    logp, logp_topk (P,) -> (L,P), L = n_layers. Exactly 0 for a token whose sampled plan is top-k.
     """
-    discount = gamma ** torch.arange(n_layers - 1, -1, -1, device=logp.device)                  # (L,) 1 for the last layer
+    discount = gamma ** torch.arange(n_layers - 1, -1, -1, device=logp.device)  # (L,) 1 for the last layer
     return discount[:, None] * (logp - logp_topk)
 
 
 def group_advantage(logp):
     """Reward minus the mean reward of the other rollouts of the same token: (..,G,P) -> (..,G,P), G >= 2.
 
-    A token's own difficulty, by far the largest part of the reward, cancels; the others' mean does not depend on this
-    rollout's choices, so the gradient stays unbiased. Example: G = 2, rewards -1 and -3 -> advantages 2 and -2.
+    A token's own difficulty, by far the largest part of the reward, cancels; the others' mean does not depend
+    on this rollout's choices, so the gradient stays unbiased. Example: rewards -1 and -3 -> advantages 2 and
+    -2.
     """
     G = logp.shape[-2]
     return (logp - logp.mean(-2, keepdim=True)) * G / (G - 1)
 
 
-# ================================================================ PPO (eq. 7, 8) and the price of experts (eq. 10, 11)
+# ================================================================ PPO (eq. 7, 8) and the price of experts
+# (eq. 10, 11)
 
 def clipped_loss(logp, logp_old, adv, eps):
-    """PPO's clipped surrogate (eq. 7, 8), mean over layers and tokens, with one ratio per decision. Returns loss, stats."""
-    logratio = logp - logp_old                                                                  # (L,P)
+    """PPO's clipped surrogate (eq. 7, 8), mean over layers and tokens, a ratio a decision -> loss, stats."""
+    logratio = logp - logp_old                                                  # (L,P)
     ratio = logratio.exp()
     loss = -torch.min(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv).mean()
     with torch.no_grad():
@@ -78,14 +82,14 @@ def expected_k(logits):
 
 
 def ppo_loss(logits, k, logp_old, adv, price, eps, entropy_bonus=0.0):
-    """The whole objective: clipped surrogate + price * expected k (eq. 11) - entropy bonus. Returns loss, stats.
+    """The objective: clipped surrogate + price * expected k (eq. 11) - entropy bonus. Returns loss, stats.
 
-    `price` is in nats per expert and layer: an expert is worth running if it buys at least that. The cost is an exact
-    expectation, not sampled (eq. 10), so it adds no variance. Advantages are not divided by their standard deviation:
-    that would change the price silently.
+    `price` is in nats per expert and layer: an expert is worth running if it buys at least that. The cost is
+    an exact expectation, not sampled (eq. 10), so it adds no variance. Advantages are not divided by their
+    standard deviation: that would change the price silently.
     """
-    logp_all = F.log_softmax(logits, -1)                                                        # (L,P,A)
-    logp = logp_all.gather(-1, (k - 1).unsqueeze(-1)).squeeze(-1)                               # (L,P)
+    logp_all = F.log_softmax(logits, -1)                                        # (L,P,A)
+    logp = logp_all.gather(-1, (k - 1).unsqueeze(-1)).squeeze(-1)               # (L,P)
     surrogate, stats = clipped_loss(logp, logp_old, adv, eps)
     mean_k = expected_k(logits).mean()
     entropy = -(logp_all.exp() * logp_all).sum(-1).mean()
@@ -97,14 +101,15 @@ def ppo_loss(logits, k, logp_old, adv, price, eps, entropy_bonus=0.0):
 # ================================================================ P-Warm (eq. 12, 13)
 
 def find_mass(probs, target):
-    """p*: the router mass whose mean label is closest to `target` experts (eq. 12). probs (P,N) -> float in 0..1."""
+    """p*: the router mass whose mean label is nearest to `target` experts (eq. 12). probs (P,N) -> 0..1."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if mass_labels(probs, middle).float().mean() > target else (middle, high)
+        above = mass_labels(probs, middle).float().mean() > target
+        low, high = (low, middle) if above else (middle, high)
     return low
 
 
 def warm_loss(logits, labels):
-    """Cross-entropy of the allocators against the pseudo-labels k = 1..A (eq. 13): logits (..,A), labels (..) -> scalar."""
+    """Cross-entropy against the pseudo-labels k = 1..A (eq. 13): logits (..,A), labels (..) -> scalar."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten() - 1)

@@ -11,7 +11,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def tiny_config(**changes):
     from model import Config
-    sizes = dict(n_vocab=50, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=8, top_k=3, expert_dim=16)
+
+    sizes = dict(
+        n_vocab=50,
+        dim=32,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        n_experts=8,
+        top_k=3,
+        expert_dim=16,
+    )
     return Config(**{**sizes, **changes})
 
 
@@ -34,7 +45,9 @@ def seeded():
 def python_train(*args):
     """train.py in a process of its own, as a user starts it."""
     train = Path(__file__).parent.parent / 'train.py'
-    return subprocess.run([sys.executable, train, *map(str, args)], capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, train, *map(str, args)], capture_output=True, text=True, timeout=200
+    )
 
 
 @pytest.fixture(scope='session')
@@ -44,3 +57,15 @@ def smoke(tmp_path_factory):
     done = python_train('--preset', 'smoke', '--out', out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
+
+
+def refusal(capsys, script, main, *args):
+    """The line with which a program refuses its arguments: status 2, nothing before it but progress."""
+    from run.console import one_line_errors
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        one_line_errors(script, main, [str(a) for a in args])
+    *before, line = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and line.startswith(f'{script}: ')
+    assert all(progress.startswith(('load', 'base')) for progress in before)
+    return line

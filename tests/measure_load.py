@@ -1,9 +1,12 @@
-"""Measures loading: time against one cold read of the files, and peak memory, on a synthetic 2 GB Mixtral in bf16 and five shards.
+"""Measures loading: time against one cold read of the files, and peak memory, on a synthetic 2 GB Mixtral in
+bf16 and five shards.
 
-    python tests/measure_load.py [FOLDER]      about a minute; writes the checkpoint into FOLDER (default a temporary one)
+    python tests/measure_load.py [FOLDER]      a minute; the checkpoint goes to FOLDER (default temporary)
 
-Each figure comes from a fresh process; the files are dropped from the page cache before each read (posix_fadvise).
+Each figure comes from a fresh process; the files are dropped from the page cache before each read
+(posix_fadvise).
 """
+
 import json
 import os
 import resource
@@ -26,13 +29,26 @@ SHARDS = 5
 
 
 def make(folder):
-    """Random weights; the tensors are dealt to the shards in turn, so that one layer's experts lie in all of them."""
-    config = Config(n_vocab=8192, dim=1024, n_layers=11, n_heads=16, n_kv_heads=4, head_dim=64, n_experts=8, top_k=2, expert_dim=3584)
+    """Random weights; tensors are dealt to the shards in turn: one layer's experts lie in all of them."""
+    config = Config(
+        n_vocab=8192,
+        dim=1024,
+        n_layers=11,
+        n_heads=16,
+        n_kv_heads=4,
+        head_dim=64,
+        n_experts=8,
+        top_k=2,
+        expert_dim=3584,
+    )
     with torch.device('meta'):
         shapes = {name: t.shape for name, t in hub_tensors(Transformer(config)).items()}
     places = {name: f'model-{i % SHARDS + 1:05}-of-{SHARDS:05}.safetensors' for i, name in enumerate(shapes)}
     for file in sorted(set(places.values())):
-        write_safetensors(folder / file, {name: torch.randn(shapes[name]).bfloat16() for name in shapes if places[name] == file})
+        write_safetensors(
+            folder / file,
+            {name: torch.randn(shapes[name]).bfloat16() for name in shapes if places[name] == file},
+        )
     write_json(folder / 'model.safetensors.index.json', {'weight_map': places})
     write_json(folder / 'config.json', to_hf(config))
 
@@ -57,7 +73,14 @@ def child(what, folder):
     else:
         model = load(folder, torch.bfloat16)
         assert len(model.layers) == 11
-    print(json.dumps({'seconds': time.perf_counter() - start, 'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+    print(
+        json.dumps(
+            {
+                'seconds': time.perf_counter() - start,
+                'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            }
+        )
+    )
 
 
 def main(folder):
@@ -67,14 +90,19 @@ def main(folder):
     runs = {'read': [], 'load': []}
     for _ in range(5):
         for what in runs:
-            out = subprocess.run([sys.executable, __file__, '--child', what, folder], capture_output=True, text=True, check=True)
+            out = subprocess.run(
+                [sys.executable, __file__, '--child', what, folder],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             runs[what].append(json.loads(out.stdout))
     middle = lambda what, key: sorted(run[key] for run in runs[what])[2]
     print(f'{size:.2f} GB in {SHARDS} shards, medians of 5')
     print(f'cold read {middle("read", "seconds"):.2f} s, load {middle("load", "seconds"):.2f} s, '
           f'ratio {middle("load", "seconds") / middle("read", "seconds"):.2f} (goal 2.5)')
-    print(f'peak memory {max(run["peak_gb"] for run in runs["load"]):.2f} GB, goal {size + size / SHARDS + 1:.2f} GB '
-          f'(the model, one shard, and 1 GB)')
+    peak, goal = max(run['peak_gb'] for run in runs['load']), size + size / SHARDS + 1
+    print(f'peak memory {peak:.2f} GB, goal {goal:.2f} GB (the model, one shard, and 1 GB)')
 
 
 if __name__ == '__main__':

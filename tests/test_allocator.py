@@ -9,7 +9,9 @@ from hub.files import InputError
 ROWS = torch.tensor([[.05, .5, .15, .3], [.25, .25, .25, .25], [.97, .01, .01, .01]])
 
 
-@pytest.mark.parametrize('p, k', [(.4, [1, 2, 1]), (.8, [2, 4, 1]), (.96, [4, 4, 1]), (.985, [4, 4, 3]), (0, [1, 1, 1])])
+@pytest.mark.parametrize(
+    'p, k', [(0.4, [1, 2, 1]), (0.8, [2, 4, 1]), (0.96, [4, 4, 1]), (0.985, [4, 4, 3]), (0, [1, 1, 1])]
+)
 def test_top_p_by_hand(p, k):
     assert TopP(p, 4)(0, ROWS, ROWS).tolist() == k
     assert mass_labels(ROWS, p).tolist() == k
@@ -86,7 +88,10 @@ def test_rollout_records_what_it_drew(trained):
     x, probs = torch.randn(4000, 32), torch.randn(8).softmax(-1).expand(4000, 8)
     rollout = Rollout(trained, torch.rand(2, 4000))
     # in three passes, layer by layer
-    drawn = [torch.cat([rollout(layer, x[:1].expand(n, -1), probs[:n]) for n in (1000, 2900, 100)]) for layer in range(2)]
+    drawn = [
+        torch.cat([rollout(layer, x[:1].expand(n, -1), probs[:n]) for n in (1000, 2900, 100)])
+        for layer in range(2)
+    ]
     z, k, logp = rollout.z, rollout.k, rollout.logp
     assert torch.equal(k, torch.stack(drawn)) and z.shape == (2, 4000, 32 + 8 + 2)
     for layer in range(2):

@@ -49,7 +49,7 @@ CASES = {
 @pytest.mark.parametrize('name', CASES)
 def test_grouped_equals_loop_forward_and_backward(name):
     args = CASES[name]()
-    learnt = [args[i].requires_grad_() for i in (0, 2, 4, 5)]                   # x, weights, w_in, w_out
+    learnt = [args[i].requires_grad_() for i in (0, 2, 4, 5)]                       # x, weights, w_in, w_out
     poison()
     fast, slow = moe(*args), moe_loop(*args)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
@@ -84,7 +84,9 @@ def test_grouped_equals_loop_in_bf16():
     args = case(torch.randint(1, N + 1, (P,)), dtype=torch.bfloat16)
     x, ids, weights, k, w_in, w_out = args
     exact = moe_loop(x.float(), ids, weights, k, w_in.float(), w_out.float())
-    assert (moe(*args).float() - exact).abs().max() < 0.02 * exact.abs().max()  # bf16 has 8 bits: 0.4% a rounding
+    assert (
+        moe(*args).float() - exact
+    ).abs().max() < 0.02 * exact.abs().max()  # bf16 has 8 bits: 0.4% a rounding
 
 
 def test_another_tokens_infinity_stays_there():
@@ -121,11 +123,20 @@ def test_one_token_and_random_k_in_bf16():
                 assert (path(*args).float() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
-@pytest.mark.parametrize('damage, says', [
-    (lambda a: a[3].__setitem__(4, 0), '1..6, found 0'), (lambda a: a[3].__setitem__(4, 7), 'found 1..7'),
-    (lambda a: a[1].__setitem__((4, 0), 6), 'found 0..6'), (lambda a: a[1].__setitem__((4, 0), -1), 'found -1..5'),
-    (lambda a: a.__setitem__(5, torch.randn(N, C, 23)) or a.__setitem__(4, torch.randn(N, 46, C)), 'F = 23'),
-    (lambda a: a.__setitem__(3, a[3][:-1]), 'torch.Size([36])')])
+@pytest.mark.parametrize(
+    'damage, says',
+    [
+        (lambda a: a[3].__setitem__(4, 0), '1..6, found 0'),
+        (lambda a: a[3].__setitem__(4, 7), 'found 1..7'),
+        (lambda a: a[1].__setitem__((4, 0), 6), 'found 0..6'),
+        (lambda a: a[1].__setitem__((4, 0), -1), 'found -1..5'),
+        (
+            lambda a: a.__setitem__(5, torch.randn(N, C, 23)) or a.__setitem__(4, torch.randn(N, 46, C)),
+            'F = 23',
+        ),
+        (lambda a: a.__setitem__(3, a[3][:-1]), 'torch.Size([36])'),
+    ],
+)
 def test_wrong_plans_are_refused_with_the_value(damage, says):
     args = list(case(torch.ones(P, dtype=torch.long)))
     damage(args)

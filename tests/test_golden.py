@@ -1,4 +1,5 @@
-"""Logits and token ids against the reference libraries' answers in tests/golden (made by make_golden.py, which names the versions)."""
+"""Logits and token ids against the reference libraries' answers in tests/golden (see make_golden.py)."""
+
 import json
 import random
 from pathlib import Path
@@ -14,7 +15,6 @@ from hub.config import from_hf
 from hub.files import read_json
 from hub.safetensors import read_safetensors
 from hub.tokenizer import Tokenizer
-from model import Config
 
 GOLDEN = Path(__file__).parent / 'golden'
 MODELS = sorted(p.name for p in GOLDEN.iterdir() if not p.name.startswith('tokenizer'))
@@ -40,20 +40,31 @@ def test_random_text_round_trips_and_streams(name):
     import unicodedata
     tokenizer, rng = Tokenizer(GOLDEN / name), random.Random(1)
     for _ in range(200):
-        text = ''.join(rng.choice('ab \n.1é漢🙂ø▁') if rng.random() < .7 else chr(rng.randrange(1, 0xd7ff)) for _ in range(30))
+        text = ''.join(
+            rng.choice('ab \n.1é漢🙂ø▁') if rng.random() < 0.7 else chr(rng.randrange(1, 0xD7FF))
+            for _ in range(30)
+        )
         ids = tokenizer.encode(text)
-        wanted = unicodedata.normalize('NFC', text) if tokenizer.nfc else text.replace('▁', ' ') if tokenizer.spm else text
+        wanted = (
+            unicodedata.normalize('NFC', text)
+            if tokenizer.nfc
+            else text.replace('▁', ' ')
+            if tokenizer.spm
+            else text
+        )
         assert tokenizer.decode(ids) == wanted
         pieces = list(tokenizer.stream(ids))
         assert ''.join(pieces) == wanted and '\ufffd' not in ''.join(pieces)
-    assert tokenizer.decode([10 ** 6]) == ''                   # ids beyond the tokenizer exist in a padded head
+    assert tokenizer.decode([10**6]) == ''  # ids beyond the tokenizer exist in a padded head
 
 
 def test_special_tokens_are_obeyed_only_when_asked():
     tokenizer = Tokenizer(GOLDEN / 'tokenizer-qwen')
     end = tokenizer.added['<|endoftext|>']
-    assert end not in tokenizer.encode('a<|endoftext|>b') and end in tokenizer.encode('a<|endoftext|>b', special=True)
-    assert tokenizer.added['<think>'] in tokenizer.encode('a<think>b')          # not special: always matched
+    assert end not in tokenizer.encode('a<|endoftext|>b') and end in tokenizer.encode(
+        'a<|endoftext|>b', special=True
+    )
+    assert tokenizer.added['<think>'] in tokenizer.encode('a<think>b')           # not special: always matched
 
 
 def test_configs_of_transformers_4_and_5_say_the_same():
@@ -73,8 +84,16 @@ def test_sharded_and_tied_checkpoints_are_among_the_goldens():
 
 @pytest.mark.parametrize('name', MODELS)
 def test_flops_of_every_family_equal_torchs_counter(name, monkeypatch):
-    monkeypatch.setattr(moe_dispatch, 'moe', moe_dispatch.moe_loop)             # the counter knows neither grouped matmuls
+    monkeypatch.setattr(
+        moe_dispatch, 'moe', moe_dispatch.moe_loop
+    )  # the counter knows neither grouped matmuls
     model, tokens = load(GOLDEN / name), torch.randint(32, (2, 16))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # nor the CPU's fused attention
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # nor the CPU's fused attention
         model(tokens)
-    assert counter.get_total_flops() == moe_dispatch.flops(model.config, model.config.top_k, 16)['total'] * tokens.numel()
+    assert (
+        counter.get_total_flops()
+        == moe_dispatch.flops(model.config, model.config.top_k, 16)['total'] * tokens.numel()
+    )

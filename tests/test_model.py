@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import moe_dispatch
-import train
 from allocator import AdaK, Allocators, Counted, RandomMix, TopK
 from conftest import random_model, tiny_config
 from hub.checkpoint import load, save
@@ -12,6 +11,7 @@ from hub.files import InputError, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 from hub.tokenizer import Tokenizer
 from model import Cache, StaticCache, generate
+from base.text import learn_bpe, tokenizer_json
 
 
 def test_static_k_equals_the_plain_model():
@@ -72,7 +72,7 @@ def test_cache_takes_several_tokens_at_a_time():
 def test_static_cache_decodes_what_the_growing_one_does():
     model = random_model(tiny_config())
     tokens = torch.randint(50, (2, 12))
-    caches = [Cache(model.config, 2, 15, 'cpu', torch.float32) for _ in range(2)]       # 3 places stay empty
+    caches = [Cache(model.config, 2, 15, 'cpu', torch.float32) for _ in range(2)]   # 3 places stay empty
     for cache in caches:
         model(tokens[:, :5], None, cache)
     caches[1].k[:, :, :, 5:] = 9                               # what lies behind the end must not matter
@@ -140,15 +140,17 @@ def test_safetensors_keep_every_bit(tmp_path):
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tokenizer')
-    merges = train.learn_bpe(['def f(self):\n    return self.f(x)\n' * 9, 'größe, größer, am größten 12345 ' * 5], 300)
-    write_json(folder / 'tokenizer.json', train.tokenizer_json(merges))
+    merges = learn_bpe(
+        ['def f(self):\n    return self.f(x)\n' * 9, 'größe, größer, am größten 12345 ' * 5], 300
+    )
+    write_json(folder / 'tokenizer.json', tokenizer_json(merges))
     write_json(folder / 'config.json', {'eos_token_id': 256 + len(merges)})
     return Tokenizer(folder)
 
 
 def test_bpe_learns_the_textbook_merges():
     # 'aaabdaaabac': aa is the most frequent pair, then (aa)a, then (aaa)b; ties go to the larger pair
-    assert train.learn_bpe(['aaabdaaabac'], 259) == [(97, 97), (256, 97), (257, 98)]
+    assert learn_bpe(['aaabdaaabac'], 259) == [(97, 97), (256, 97), (257, 98)]
 
 
 def test_bpe_round_trips_any_text(tokenizer):
@@ -161,7 +163,7 @@ def test_bpe_round_trips_any_text(tokenizer):
 
 def test_bpe_joins_what_it_has_learnt(tokenizer):
     assert len(tokenizer.encode('return self.f(x)')) < 8 < len('return self.f(x)')
-    assert tokenizer.decode([tokenizer.encode('ü')[0]]) == '\ufffd'             # half a character
+    assert tokenizer.decode([tokenizer.encode('ü')[0]]) == '\ufffd'                 # half a character
 
 
 def test_every_byte_has_a_token(tokenizer):

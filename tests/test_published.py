@@ -1,4 +1,5 @@
-"""The six published models on the meta device, from their hub configs: parameter counts, tensor names and shapes, allocator sizes."""
+"""The six published models on the meta device: parameter counts, tensor names, shapes, allocator sizes."""
+
 import math
 
 import pytest
@@ -7,34 +8,120 @@ import torch
 from allocator import Allocators
 from hub.checkpoint import hub_tensors
 from hub.config import from_hf
-from model import Config, Transformer
+from model import Transformer
 
-MIXTRAL = dict(model_type='mixtral', num_local_experts=8, num_experts_per_tok=2, num_key_value_heads=8, rope_theta=1e6,
-               rms_norm_eps=1e-5, sliding_window=None, hidden_act='silu', tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+MIXTRAL = dict(
+    model_type='mixtral',
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    num_key_value_heads=8,
+    rope_theta=1e6,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    hidden_act='silu',
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 HUB = {
-    'mixtral-8x7b': dict(MIXTRAL, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336,
-                         vocab_size=32000, max_position_embeddings=32768),
-    'mixtral-8x22b': dict(MIXTRAL, hidden_size=6144, num_hidden_layers=56, num_attention_heads=48, intermediate_size=16384,
-                          vocab_size=32000, max_position_embeddings=65536),
-    'qwen1.5-moe': dict(model_type='qwen2_moe', hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
-                        num_key_value_heads=16, intermediate_size=5632, moe_intermediate_size=1408, num_experts=60,
-                        num_experts_per_tok=4, shared_expert_intermediate_size=5632, mlp_only_layers=[], decoder_sparse_step=1,
-                        norm_topk_prob=False, rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936, sliding_window=32768,
-                        use_sliding_window=False, max_position_embeddings=8192, tie_word_embeddings=False),
-    'deepseek-moe-16b': dict(model_type='deepseek', hidden_size=2048, num_hidden_layers=28, num_attention_heads=16,
-                             num_key_value_heads=16, intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64,
-                             num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1, moe_layer_freq=1,
-                             norm_topk_prob=False, rope_theta=10000, rope_scaling=None, rms_norm_eps=1e-6, vocab_size=102400,
-                             attention_bias=False, max_position_embeddings=4096),
-    'olmoe-1b-7b': dict(model_type='olmoe', hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
-                        num_key_value_heads=16, intermediate_size=1024, num_experts=64, num_experts_per_tok=8,
-                        norm_topk_prob=False, clip_qkv=None, rope_theta=10000, rms_norm_eps=1e-5, vocab_size=50304,
-                        attention_bias=False, max_position_embeddings=4096),
-    'qwen3-30b-a3b': dict(model_type='qwen3_moe', hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
-                          num_key_value_heads=4, head_dim=128, intermediate_size=6144, moe_intermediate_size=768,
-                          num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=1,
-                          rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936, attention_bias=False,
-                          max_position_embeddings=40960),
+    'mixtral-8x7b': dict(
+        MIXTRAL,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=14336,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+    ),
+    'mixtral-8x22b': dict(
+        MIXTRAL,
+        hidden_size=6144,
+        num_hidden_layers=56,
+        num_attention_heads=48,
+        intermediate_size=16384,
+        vocab_size=32000,
+        max_position_embeddings=65536,
+    ),
+    'qwen1.5-moe': dict(
+        model_type='qwen2_moe',
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        intermediate_size=5632,
+        moe_intermediate_size=1408,
+        num_experts=60,
+        num_experts_per_tok=4,
+        shared_expert_intermediate_size=5632,
+        mlp_only_layers=[],
+        decoder_sparse_step=1,
+        norm_topk_prob=False,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        vocab_size=151936,
+        sliding_window=32768,
+        use_sliding_window=False,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    ),
+    'deepseek-moe-16b': dict(
+        model_type='deepseek',
+        hidden_size=2048,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        moe_layer_freq=1,
+        norm_topk_prob=False,
+        rope_theta=10000,
+        rope_scaling=None,
+        rms_norm_eps=1e-6,
+        vocab_size=102400,
+        attention_bias=False,
+        max_position_embeddings=4096,
+    ),
+    'olmoe-1b-7b': dict(
+        model_type='olmoe',
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        intermediate_size=1024,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        clip_qkv=None,
+        rope_theta=10000,
+        rms_norm_eps=1e-5,
+        vocab_size=50304,
+        attention_bias=False,
+        max_position_embeddings=4096,
+    ),
+    'qwen3-30b-a3b': dict(
+        model_type='qwen3_moe',
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
+        decoder_sparse_step=1,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        vocab_size=151936,
+        attention_bias=False,
+        max_position_embeddings=40960,
+    ),
 }
 # parameters; tensors on disk; the paper's allocator size in millions (None: not in the paper)
 SIZES = {
@@ -43,17 +130,36 @@ SIZES = {
     'olmoe-1b-7b': (6_919_161_856, 3219, None), 'qwen3-30b-a3b': (30_532_122_624, 18867, None)}
 # a tensor that only this family has or spells so, of the last layer
 SHAPES = {
-    'mixtral-8x7b': {'model.layers.31.block_sparse_moe.experts.7.w1.weight': [14336, 4096],
-                     'model.layers.31.block_sparse_moe.gate.weight': [8, 4096], 'model.layers.31.self_attn.k_proj.weight': [1024, 4096]},
-    'mixtral-8x22b': {'model.layers.55.block_sparse_moe.experts.0.w2.weight': [6144, 16384], 'lm_head.weight': [32000, 6144]},
-    'qwen1.5-moe': {'model.layers.23.mlp.shared_expert_gate.weight': [1, 2048], 'model.layers.23.self_attn.v_proj.bias': [2048],
-                    'model.layers.23.mlp.shared_expert.down_proj.weight': [2048, 5632],
-                    'model.layers.23.mlp.experts.59.up_proj.weight': [1408, 2048]},
-    'deepseek-moe-16b': {'model.layers.0.mlp.gate_proj.weight': [10944, 2048], 'model.layers.27.mlp.gate.weight': [64, 2048],
-                         'model.layers.27.mlp.shared_experts.up_proj.weight': [2816, 2048]},
-    'olmoe-1b-7b': {'model.layers.15.self_attn.q_norm.weight': [2048], 'model.layers.15.mlp.experts.63.down_proj.weight': [2048, 1024]},
-    'qwen3-30b-a3b': {'model.layers.47.self_attn.q_proj.weight': [4096, 2048], 'model.layers.47.self_attn.k_norm.weight': [128],
-                      'model.layers.47.mlp.experts.127.gate_proj.weight': [768, 2048]}}
+    'mixtral-8x7b': {
+        'model.layers.31.block_sparse_moe.experts.7.w1.weight': [14336, 4096],
+        'model.layers.31.block_sparse_moe.gate.weight': [8, 4096],
+        'model.layers.31.self_attn.k_proj.weight': [1024, 4096],
+    },
+    'mixtral-8x22b': {
+        'model.layers.55.block_sparse_moe.experts.0.w2.weight': [6144, 16384],
+        'lm_head.weight': [32000, 6144],
+    },
+    'qwen1.5-moe': {
+        'model.layers.23.mlp.shared_expert_gate.weight': [1, 2048],
+        'model.layers.23.self_attn.v_proj.bias': [2048],
+        'model.layers.23.mlp.shared_expert.down_proj.weight': [2048, 5632],
+        'model.layers.23.mlp.experts.59.up_proj.weight': [1408, 2048],
+    },
+    'deepseek-moe-16b': {
+        'model.layers.0.mlp.gate_proj.weight': [10944, 2048],
+        'model.layers.27.mlp.gate.weight': [64, 2048],
+        'model.layers.27.mlp.shared_experts.up_proj.weight': [2816, 2048],
+    },
+    'olmoe-1b-7b': {
+        'model.layers.15.self_attn.q_norm.weight': [2048],
+        'model.layers.15.mlp.experts.63.down_proj.weight': [2048, 1024],
+    },
+    'qwen3-30b-a3b': {
+        'model.layers.47.self_attn.q_proj.weight': [4096, 2048],
+        'model.layers.47.self_attn.k_norm.weight': [128],
+        'model.layers.47.mlp.experts.127.gate_proj.weight': [768, 2048],
+    },
+}
 
 
 @pytest.mark.parametrize('name', HUB)

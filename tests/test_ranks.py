@@ -1,4 +1,5 @@
-"""Several ranks (gloo, on the CPU): the same allocators as one, each with its part of the weights, and what may go wrong between them."""
+"""Several ranks (gloo, on the CPU): the same allocators as one, a part of the weights each, and failures."""
+
 import json
 import os
 import signal
@@ -11,24 +12,49 @@ from pathlib import Path
 import pytest
 import torch
 
+import run.evaluate
+import run.ranks
 import train
+from conftest import refusal
 from hub.checkpoint import load, save
 from hub.safetensors import read_safetensors
 
 HERE = Path(__file__).parent
-SMOKE = ['--preset', 'smoke', '--ppo-steps', '20', '--data', str(HERE)]      # our own sources: little text, quickly read
+SMOKE = [
+    '--preset',
+    'smoke',
+    '--ppo-steps',
+    '20',
+    '--data',
+    str(HERE),
+]  # our own sources: little text, quickly read
 
 
 def start(commands, cwd, wait=True, **environment):
-    """One process per command, as ranks 0, 1, .. that meet on this machine; waits for [(exit status, stdout, stderr), ..]."""
+    """One process per command, as ranks 0, 1, .. that meet here; waits for [(status, stdout, stderr), ..]."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     found = []
     for rank, command in enumerate(commands):
-        meet = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=len(commands), MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS=1)
-        found.append(subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                      env={**os.environ, **{name: str(value) for name, value in {**meet, **environment}.items()}}))
+        meet = dict(
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=len(commands),
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=port,
+            OMP_NUM_THREADS=1,
+        )
+        found.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=cwd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **{name: str(value) for name, value in {**meet, **environment}.items()}},
+            )
+        )
     return [finish(p) for p in found] if wait else found
 
 
@@ -50,7 +76,12 @@ def base(smoke):
 
 
 def test_two_ranks_train_the_allocators_of_one(base, tmp_path):
-    runs = {n: start([[HERE.parent / 'train.py', *SMOKE, '--ckpt', base, '--out', tmp_path / f'{n}']] * n, tmp_path) for n in (1, 2)}
+    runs = {
+        n: start(
+            [[HERE.parent / 'train.py', *SMOKE, '--ckpt', base, '--out', tmp_path / f'{n}']] * n, tmp_path
+        )
+        for n in (1, 2)
+    }
     for n, ranks in runs.items():
         assert all(status == 0 for status, _, _ in ranks), ranks
     one, two = (read_safetensors(tmp_path / f'{n}/allocator.safetensors')[0] for n in (1, 2))
@@ -60,22 +91,33 @@ def test_two_ranks_train_the_allocators_of_one(base, tmp_path):
     one, two = (json.loads((tmp_path / f'{n}/results.json').read_text()) for n in (1, 2))
     assert two['ranks'] == 2 and runs[2][1][1] == ''           # rank 1 says nothing
     for a, b in zip(one['rows'], two['rows']):
-        if a['method'] != 'random-mix':                        # its draws are the ranks' own
-            assert abs(a['loss'] - b['loss']) < 1e-5 and abs(a['mean_k'] - b['mean_k']) < 1e-3 and len(a['k_histogram']) == len(b['k_histogram'])
+        if a['method'] != 'random-mix':  # its draws are the ranks' own
+            assert (
+                abs(a['loss'] - b['loss']) < 1e-5
+                and abs(a['mean_k'] - b['mean_k']) < 1e-3
+                and len(a['k_histogram']) == len(b['k_histogram'])
+            )
 
 
 def test_a_rank_ends_at_once_with_its_status_and_all_it_said():
     """Python's shutdown beside gloo's threads is what now and then aborts."""
-    ends = 'import atexit, train; train.join("cpu"); print("said"); atexit.register(print, "shutdown"); train.leave(3); print("not reached")'
+    ends = (
+        'import atexit, run.ranks as r; r.join("cpu"); print("said"); atexit.register(print, "shutdown")\n'
+        'r.leave(3); print("not reached")'
+    )
     assert start([['-c', ends]] * 2, HERE.parent) == [(3, 'said\n', ''), (3, '', '')]
-    assert start([['-c', ends]], HERE.parent) == [(0, 'said\nnot reached\nshutdown\n', '')]        # a lone process goes on
+    assert start([['-c', ends]], HERE.parent) == [
+        (0, 'said\nnot reached\nshutdown\n', '')
+    ]  # a lone process goes on
 
 
-SHARD = '''
+SHARD = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import bench, train
 import hub.safetensors as files
+from allocator import TopK
+from run.ranks import leave
+from study.scores import Tally, score
 from pathlib import Path
 from hub.checkpoint import load
 from model import generate
@@ -91,7 +133,8 @@ for folder in sys.argv[2:]:
     width = next(iter(files.read_header(file)[0].values()))[0].itemsize
     everything = sum(p.numel() for p in whole.parameters())
     kept = sum(getattr(p, '_local_tensor', p).numel() for p in sharded.parameters())
-    assert mine == kept * width and kept < everything * (0.5 / dist.get_world_size() + 0.5), (mine, kept, everything)
+    assert mine == kept * width, (mine, kept)
+    assert kept < everything * (0.5 / dist.get_world_size() + 0.5), (kept, everything)
     torch.manual_seed(0)
     tokens = torch.randint(whole.config.n_vocab, (2, 12))
     with torch.no_grad():
@@ -99,20 +142,28 @@ for folder in sys.argv[2:]:
             assert torch.equal(sharded(tokens), whole(tokens))
         assert torch.equal(generate(sharded, tokens[:, :3], 4), generate(whole, tokens[:, :3], 4))
         # scores of continuations, dealt to the ranks
-        requests = [(tokens[0, :n].tolist(), tokens[1, :m].tolist()) for n, m in ((3, 2), (7, 1), (1, 4), (2, 2), (5, 5))]
+        lengths = (3, 2), (7, 1), (1, 4), (2, 2), (5, 5)
+        requests = [(tokens[0, :n].tolist(), tokens[1, :m].tolist()) for n, m in lengths]
         L = len(whole.config.moe_layers)
-        scores = bench.score(sharded, requests, tally := bench.Tally(bench.TopK(2), L, 'cpu'), batch=8)
+        scores = score(sharded, requests, tally := Tally(TopK(2), L, 'cpu'), batch=8)
         for (context, end), (logp, greedy) in zip(requests, scores):
-            p = whole(torch.tensor([(context + end)[:-1]]), bench.TopK(2))[0, -len(end):].log_softmax(-1)
-            assert abs(p.gather(1, torch.tensor(end)[:, None]).sum() - logp) < 1e-4 and greedy == (p.argmax(-1) == torch.tensor(end)).all()
-        assert tally.counts.sum() == L * sum(tally.lengths) == L * sum(len(context + end) - 1 for context, end in requests)
-        local = lambda: [(i, name) for i, layer in enumerate(sharded.layers) for name, p in layer.named_parameters() if not hasattr(p, 'to_local')]
-        assert not local()                                     # every layer has been given up behind its visit
+            p = whole(torch.tensor([(context + end)[:-1]]), TopK(2))[0, -len(end):].log_softmax(-1)
+            y = torch.tensor(end)
+            assert abs(p.gather(1, y[:, None]).sum() - logp) < 1e-4 and greedy == (p.argmax(-1) == y).all()
+        n = sum(len(context + end) - 1 for context, end in requests)
+        assert tally.counts.sum() == L * sum(tally.lengths) == L * n
+
+        def local():
+            return [(i, name) for i, layer in enumerate(sharded.layers)
+                    for name, p in layer.named_parameters() if not hasattr(p, 'to_local')]
+        assert not local()                 # every layer has been given up behind its visit
         for i, _ in enumerate(sharded.visit()):
-            assert {j for j, _ in local()} <= {i, i + 1} and (i, 'mlp.w_in') in local() or sharded.layers[i].dense
+            here = local()
+            assert {j for j, _ in here} <= {i, i + 1}
+            assert (i, 'mlp.w_in') in here or sharded.layers[i].dense
 print('equal')
-train.leave()
-'''
+leave()
+"""
 
 
 @pytest.mark.parametrize('n', [2, 3])                          # 8 experts do not divide by 3
@@ -123,9 +174,20 @@ def test_a_sharded_model_is_the_loaded_one_and_each_rank_reads_its_part(n, tmp_p
 
 
 def test_text_under_ranks_is_the_text_of_one(smoke, tmp_path):
-    command = [HERE.parent / 'bench.py', '--run', smoke[0], '--prompt', 'import', '--tokens', '12', '--temperature', '1']
-    (_, alone, _), = start([command], tmp_path)
-    (status, together, err), (_, silent, _) = start([command] * 2, tmp_path)
+    command = [
+        '-m',
+        'study.sample',
+        '--run',
+        smoke[0],
+        '--prompt',
+        'import',
+        '--tokens',
+        '12',
+        '--temperature',
+        '1',
+    ]
+    (_, alone, _), = start([command], HERE.parent)
+    (status, together, err), (_, silent, _) = start([command] * 2, HERE.parent)
     assert status == 0, err
     assert together.splitlines()[:-1] == alone.splitlines()[:-1] and silent == '' and 'mean k' in together
 
@@ -136,18 +198,22 @@ def test_evaluation_of_fewer_windows_than_ranks(monkeypatch):
     from conftest import random_model, tiny_config
     model, tokens = random_model(tiny_config()), torch.randint(50, (1, 2, 9))
     windows = tokens[0], tokens[0].flip(1), None
-    whole, tally = train.evaluate(model, windows, TopK(2))
-    monkeypatch.setattr(train, 'ranks', lambda: (2, 3))        # rank 2 of 3 has none of the 2 windows
+    whole, tally = run.evaluate.evaluate(model, windows, TopK(2))
+    monkeypatch.setattr(run.evaluate, 'ranks', lambda: (2, 3))         # rank 2 of 3 has none of the 2 windows
     seen = []
-    monkeypatch.setattr(train, 'gathered', lambda part: seen.append(part) or [(whole, tally.counts), part])
-    again, counted = train.evaluate(model, windows, TopK(2))
+    monkeypatch.setattr(
+        run.evaluate, 'gathered', lambda part: seen.append(part) or [(whole, tally.counts), part]
+    )
+    again, counted = run.evaluate.evaluate(model, windows, TopK(2))
     assert len(seen[0][0]) == 0 and torch.equal(again, whole) and torch.equal(counted.counts, tally.counts)
 
 
 # ---------------------------------------------------------------- what may go wrong
 
 def test_a_batch_that_ranks_cannot_share(base, tmp_path):
-    ranks = start([[HERE.parent / 'train.py', *SMOKE, '--ckpt', base, '--ppo-batch', '7', '--out', 'x']] * 2, tmp_path)
+    ranks = start(
+        [[HERE.parent / 'train.py', *SMOKE, '--ckpt', base, '--ppo-batch', '7', '--out', 'x']] * 2, tmp_path
+    )
     assert [status for status, _, _ in ranks] == [2, 2] and '--ppo-batch 7: 2 ranks' in one_line(ranks[0][2])
     assert not (tmp_path / 'x').exists()
 
@@ -157,27 +223,51 @@ def test_ranks_with_different_checkpoints(base, tmp_path):
     other.layers[0].mlp.w_out[3] += .01
     save(other, tmp_path / 'other')
     (tmp_path / 'other/tokenizer.json').write_bytes((base / 'tokenizer.json').read_bytes())
-    ranks = start([[HERE.parent / 'train.py', *SMOKE, '--ckpt', ckpt, '--out', 'x'] for ckpt in (base, tmp_path / 'other')], tmp_path)
-    assert [status for status, _, _ in ranks] == [2, 2] and 'is another one on rank 1 than on rank 0' in one_line(ranks[0][2])
+    ranks = start(
+        [
+            [HERE.parent / 'train.py', *SMOKE, '--ckpt', ckpt, '--out', 'x']
+            for ckpt in (base, tmp_path / 'other')
+        ],
+        tmp_path,
+    )
+    assert [status for status, _, _ in ranks] == [
+        2,
+        2,
+    ] and 'is another one on rank 1 than on rank 0' in one_line(ranks[0][2])
 
 
 def test_no_rendezvous(base, tmp_path, monkeypatch, capsys):
-    for name, value in dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1').items():
+    for name, value in dict(
+        RANK='1', LOCAL_RANK='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1'
+    ).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(train, 'RENDEZVOUS', 1)
-    with pytest.raises(SystemExit) as exit:
-        train.command_line([*SMOKE, '--ckpt', str(base), '--out', str(tmp_path)])
-    assert exit.value.code == 2 and 'no rendezvous of the ranks at 127.0.0.1:1' in one_line(capsys.readouterr().err)
+    monkeypatch.setattr(run.ranks, 'RENDEZVOUS', 1)
+    line = refusal(capsys, 'train.py', train.main, *SMOKE, '--ckpt', base, '--out', tmp_path)
+    assert 'no rendezvous of the ranks at 127.0.0.1:1' in line
 
 
 def test_no_base_and_no_streaming_under_ranks(base, tmp_path):
-    for args, says in ((['--out', 'x'], 'several ranks cannot learn one'), (['--ckpt', base, '--stream'], '--stream under torchrun')):
+    for args, says in (
+        (['--out', 'x'], 'several ranks cannot learn one'),
+        (['--ckpt', base, '--stream'], '--stream under torchrun'),
+    ):
         ranks = start([[HERE.parent / 'train.py', *SMOKE, *args]] * 2, tmp_path)
         assert [status for status, _, _ in ranks] == [2, 2] and says in one_line(ranks[0][2])
 
 
 def test_a_stop_saves_and_a_killed_rank_is_one_line(base, tmp_path):
-    command = [HERE.parent / 'train.py', *SMOKE, '--ckpt', base, '--ppo-steps', '2000', '--save-every', '5', '--out', 'x']
+    command = [
+        HERE.parent / 'train.py',
+        *SMOKE,
+        '--ckpt',
+        base,
+        '--ppo-steps',
+        '2000',
+        '--save-every',
+        '5',
+        '--out',
+        'x',
+    ]
     state = tmp_path / 'x/state.safetensors'
 
     def started(*args):

@@ -8,7 +8,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_tables_come_from_the_results():
-    done = subprocess.run([sys.executable, ROOT / '.ci' / 'readme.py', '--check'], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / '.ci' / 'readme.py', '--check'], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

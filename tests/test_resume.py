@@ -13,16 +13,36 @@ import pytest
 import torch
 
 import train
-from conftest import random_model, tiny_config
+from conftest import random_model, refusal, tiny_config
 from hub.safetensors import read_safetensors, write_safetensors
+from base.text import Text
+from hub.files import InputError
+from run.console import one_line_errors
+from run.start import new_allocators
 
 TRAIN = Path(__file__).parent.parent / 'train.py'
 STEPS = '40'
 
 
 def start(out, *args):
-    return subprocess.Popen([sys.executable, TRAIN, '--preset', 'smoke', '--out', out, '--ppo-steps', STEPS, '--save-every', '4', *args],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            TRAIN,
+            '--preset',
+            'smoke',
+            '--out',
+            out,
+            '--ppo-steps',
+            STEPS,
+            '--save-every',
+            '4',
+            *args,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -98,23 +118,31 @@ def damaged_base(out):
     write_safetensors(out / 'base/model.safetensors', tensors, metadata)
 
 
-@pytest.mark.parametrize('prepare, args, says', [
-    (lambda out: None, ['--seed', '5'], 'seed 0, this one has 5'), (lambda out: None, ['--budget', '0.5'], 'budget 0.75'),
-    (damaged_base, [], 'base_loss'), (lambda out: (out / 'state.safetensors').unlink(), [], 'No such file'),
-    (lambda out: os.truncate(out / 'state.safetensors', 5000), [], 'state.safetensors'), (lambda out: None, ['--fresh'], '--fresh')])
+@pytest.mark.parametrize(
+    'prepare, args, says',
+    [
+        (lambda out: None, ['--seed', '5'], 'seed 0, this one has 5'),
+        (lambda out: None, ['--budget', '0.5'], 'budget 0.75'),
+        (damaged_base, [], 'base_loss'),
+        (lambda out: (out / 'state.safetensors').unlink(), [], 'No such file'),
+        (lambda out: os.truncate(out / 'state.safetensors', 5000), [], 'state.safetensors'),
+        (lambda out: None, ['--fresh'], '--fresh'),
+    ],
+)
 def test_a_resume_that_does_not_fit_is_refused(prepare, args, says, stopped, tmp_path, capsys):
     out = tmp_path / 'run'
     shutil.copytree(stopped, out)
     prepare(out)
-    with pytest.raises(SystemExit) as exit:
-        train.command_line(['--preset', 'smoke', '--out', str(out), '--ppo-steps', STEPS, '--save-every', '4', '--resume', *args])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2 and says in error and error.startswith('train.py: ')
+    flags = '--preset', 'smoke', '--out', out, '--ppo-steps', STEPS, '--save-every', '4', '--resume'
+    assert says in refusal(capsys, 'train.py', train.main, *flags, *args)
 
 
 def test_a_loss_of_nan_leaves_the_last_good_state(tmp_path, monkeypatch):
-    model, s = random_model(tiny_config(top_k=4)), train.Settings(ppo_steps=9, save_every=2, seq=16, ppo_batch=4, calibration_tokens=256)
-    text = train.Text(torch.randint(50, (3000,)), torch.zeros(3000).numpy())
+    model, s = (
+        random_model(tiny_config(top_k=4)),
+        train.Settings(ppo_steps=9, save_every=2, seq=16, ppo_batch=4, calibration_tokens=256),
+    )
+    text = Text(torch.randint(50, (3000,)), torch.zeros(3000).numpy())
     real, calls = train.rollout_reward, []
 
     def reward(*args):
@@ -122,26 +150,33 @@ def test_a_loss_of_nan_leaves_the_last_good_state(tmp_path, monkeypatch):
         good = real(*args)
         return good if len(calls) < 6 else (good[0] * float('nan'), good[1])
     monkeypatch.setattr(train, 'rollout_reward', reward)
-    allocators, log = train.new_allocators(s, model, text), []
-    with pytest.raises(train.InputError, match='step 6'):
+    allocators, log = new_allocators(s, model, text), []
+    with pytest.raises(InputError, match='step 6'):
         train.train_ppo(s, model, allocators, text, text, log, tmp_path / 'state')
     assert len(log) == 5 and allocators.weight.isfinite().all()
     tensors, metadata = read_safetensors(tmp_path / 'state')
-    assert len(json.loads(metadata['state'])['log']) == 4 and all(t.isfinite().all() for t in tensors.values())
+    assert len(json.loads(metadata['state'])['log']) == 4 and all(
+        t.isfinite().all() for t in tensors.values()
+    )
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path, monkeypatch, capsys):
     write_safetensors(tmp_path / 'x', {'a': torch.ones(3)})
     monkeypatch.setattr(os, 'fsync', lambda f: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
     with pytest.raises(SystemExit) as exit:
-        train.one_line_errors('train.py', lambda argv: write_safetensors(tmp_path / 'x', {'a': torch.zeros(3)}), [])
+        one_line_errors('train.py', lambda argv: write_safetensors(tmp_path / 'x', {'a': torch.zeros(3)}), [])
     assert exit.value.code == 2 and 'No space left' in capsys.readouterr().err
-    assert read_safetensors(tmp_path / 'x')[0]['a'].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
+    assert (
+        read_safetensors(tmp_path / 'x')[0]['a'].tolist() == [1, 1, 1] and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_ctrl_c_in_a_stage_without_a_state_is_one_line(capsys):
     def main(argv):
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as exit:
-        train.one_line_errors('bench.py', main, [])
-    assert exit.value.code == 130 and capsys.readouterr().err == 'bench.py: interrupted; files that were complete before still are\n'
+        one_line_errors('bench.py', main, [])
+    assert (
+        exit.value.code == 130
+        and capsys.readouterr().err == 'bench.py: interrupted; files that were complete before still are\n'
+    )

@@ -1,4 +1,5 @@
-"""Layer streaming: the same bits as the model held in memory, from checkpoints of every kind, and what must not be done with it."""
+"""Layer streaming: the same bits as the model in memory, from checkpoints of every kind, and its limits."""
+
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ from hub.checkpoint import load, save
 from hub.files import InputError
 from model import generate
 from scale.stream import stream
+from base.text import Text
+from run.start import new_allocators
 
 GOLDEN = Path(__file__).parent / 'golden'
-MODELS = sorted(p.parent.name for p in GOLDEN.glob('*/model*.safetensors') if 'index' not in p.name and '00002' not in p.name)
+MODELS = sorted(
+    p.parent.name
+    for p in GOLDEN.glob('*/model*.safetensors')
+    if 'index' not in p.name and '00002' not in p.name
+)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -37,7 +44,9 @@ def test_passes_share_a_visit_and_change_nothing(checkpoint):
     plain, streamed = load(checkpoint), stream(checkpoint)
     allocators = Allocators(plain.config, 6, True)
     allocators.weight.data.normal_(0, .3)
-    passes = [(torch.randint(50, (n, 9)), policy) for n, policy in ((1, None), (4, AdaK(allocators)), (2, TopK(1)))]
+    passes = [
+        (torch.randint(50, (n, 9)), policy) for n, policy in ((1, None), (4, AdaK(allocators)), (2, TopK(1)))
+    ]
     with torch.no_grad():
         together = streamed.hidden_of(passes)
         for (tokens, policy), hidden in zip(passes, together):
@@ -49,7 +58,10 @@ def test_two_layers_of_memory_and_each_layer_read_once_a_visit(checkpoint):
     memory = {p.untyped_storage().data_ptr() for layer in streamed.layers for p in layer.parameters()}
     assert len(memory) == 2
     read = []
-    source, streamed.source = streamed.source, lambda views: (read.append(min(views).split('.')[2]), source(views))
+    source, streamed.source = (
+        streamed.source,
+        lambda views: (read.append(min(views).split('.')[2]), source(views)),
+    )
     with torch.no_grad():
         streamed.hidden_of([(torch.randint(50, (1, 4)), None)] * 3)
     assert read == ['0', '1', '2', '3', '4']
@@ -58,14 +70,17 @@ def test_two_layers_of_memory_and_each_layer_read_once_a_visit(checkpoint):
 def test_streamed_training_ends_with_the_same_bits(checkpoint, monkeypatch):
     monkeypatch.setattr(train, 'PASS_TOKENS', 64)              # several passes, in both
     s = train.Settings(ppo_steps=6, seq=16, ppo_batch=6, calibration_tokens=256, heldout_tokens=256)
-    text = train.Text(torch.randint(50, (3000,)), torch.arange(3000).numpy() // 100)
+    text = Text(torch.randint(50, (3000,)), torch.arange(3000).numpy() // 100)
     ends = []
     for model in (load(checkpoint), stream(checkpoint)):
-        allocators, log = train.new_allocators(s, model, text), []
+        allocators, log = new_allocators(s, model, text), []
         train.train_ppo(s, model, allocators, text, text, log)
         ends.append((allocators.state_dict(), log, train.compare(s, model, allocators, text, text)))
     (plain, *known), (streamed, *found) = ends
-    assert all(torch.equal(plain[name], streamed[name]) for name in plain) and len({row['mean_k'] for row in known[0]}) > 1
+    assert (
+        all(torch.equal(plain[name], streamed[name]) for name in plain)
+        and len({row['mean_k'] for row in known[0]}) > 1
+    )
     assert str(known) == str(found)
 
 
@@ -93,7 +108,10 @@ def test_a_file_that_shrinks_while_it_is_streamed(checkpoint):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
 @pytest.mark.parametrize('pinned', [True, False])
 def test_streamed_logits_on_cuda(checkpoint, pinned):
-    plain, streamed = load(checkpoint, torch.bfloat16, 'cuda'), stream(checkpoint, torch.bfloat16, 'cuda', pinned)
+    plain, streamed = (
+        load(checkpoint, torch.bfloat16, 'cuda'),
+        stream(checkpoint, torch.bfloat16, 'cuda', pinned),
+    )
     tokens = torch.randint(50, (3, 9), device='cuda')
     with torch.no_grad():
         for _ in range(20):

@@ -11,19 +11,26 @@ import torch
 
 import train
 from allocator import Allocators
-from conftest import python_train, random_model, tiny_config
+from conftest import python_train, random_model, refusal
 from hub.checkpoint import hub_tensors, load
 from hub.config import from_hf
 from hub.files import write_json
 from hub.safetensors import write_safetensors
-from hub.tokenizer import Tokenizer
-from model import Config
+from base.frozen import base_model
+from run.start import new_allocators
 
 GOLDEN = Path(__file__).parent / 'golden'
 
 def test_smoke_writes_what_it_promises(smoke):
     out, printed = smoke
-    assert {p.name for p in out.iterdir()} == {'base', 'allocator.safetensors', 'log.csv', 'results.json', 'training.png', 'layers.png'}
+    assert {p.name for p in out.iterdir()} == {
+        'base',
+        'allocator.safetensors',
+        'log.csv',
+        'results.json',
+        'training.png',
+        'layers.png',
+    }
     assert (out / 'training.png').read_bytes()[:4] == (out / 'layers.png').read_bytes()[:4] == b'\x89PNG'
     results = json.loads((out / 'results.json').read_text())
     assert set(results) >= {'run', 'seed', 'config', 'seconds', 'rows'}
@@ -32,7 +39,10 @@ def test_smoke_writes_what_it_promises(smoke):
     assert rows['top-k']['delta'] == rows['top-k']['delta_se'] == 0 and rows['top-k']['mean_k'] == 4
     for name, row in rows.items():
         assert f'| {name} | {row["loss"]:.4f} |' in printed
-        assert row['expert_flops'] == pytest.approx(row['mean_k'] / 4) and abs(sum(row['k_histogram']) - 1) < 1e-6
+        assert (
+            row['expert_flops'] == pytest.approx(row['mean_k'] / 4)
+            and abs(sum(row['k_histogram']) - 1) < 1e-6
+        )
         assert row['mean_k'] == pytest.approx(np.mean(row['mean_k_by_layer']))
         assert row['mean_k'] == pytest.approx(np.dot(row['k_histogram'], range(len(row['k_histogram']))))
         assert row['delta'] == pytest.approx(row['loss'] - rows['top-k']['loss'], abs=1e-9)
@@ -53,10 +63,10 @@ def test_second_run_reuses_the_base_and_gives_the_same_results(smoke):
 
 def test_the_base_is_bit_identical_after_training(smoke):
     out, _ = smoke
-    s, _ = train.parse(['--preset', 'smoke'])
-    model, tokenizer, (text, calibration, _) = train.base_model(s, out)
+    s = train.parse(['--preset', 'smoke'])
+    model, tokenizer, (text, calibration, _) = base_model(s, out)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    allocators = train.new_allocators(s, model, text)
+    allocators = new_allocators(s, model, text)
     start = allocators.weight.detach().clone()
     train.train_ppo(s, model, allocators, text, calibration, [])
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
@@ -68,7 +78,7 @@ def test_the_published_recipe_runs_on_a_finished_base(smoke, tmp_path):
     out, _ = smoke
     train.main(['--preset', 'smoke', '--paper', '--ckpt', str(out / 'base'), '--out', str(tmp_path)])
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['allocator_params'] == 2 * 32 * 8 and results['config']['lam'] == 3e-3       # L*C*N
+    assert results['allocator_params'] == 2 * 32 * 8 and results['config']['lam'] == 3e-3  # L*C*N
     assert not (tmp_path / 'base').exists()
 
 
@@ -84,92 +94,77 @@ def test_interrupt_during_ppo_saves_the_allocators(smoke, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as exit:
         train.main(['--preset', 'smoke', '--ckpt', str(smoke[0] / 'base'), '--out', str(tmp_path)])
     assert exit.value.code == 130 and 'interrupted after 2 of 12' in capsys.readouterr().out
-    assert Allocators.load(tmp_path / 'allocator.safetensors', load(smoke[0] / 'base').config).weight.abs().sum() > 0
-
-
-# ---------------------------------------------------------------- text
-
-def test_documents_are_split_once_and_windows_predict_each_token_once(tmp_path):
-    documents = {f'{i}.py': f'document {i}' for i in range(50)}
-    parts = train.split_documents(documents)
-    assert sorted(sum(parts, [])) == sorted(documents.values()) and [len(p) for p in parts] == [40, 5, 5]
-    text = train.Text(torch.arange(101), np.arange(101) // 10)
-    inputs, targets, document = text.windows(10)
-    assert torch.equal(targets.flatten(), torch.arange(1, 101)) and torch.equal(inputs + 1, targets)
-    assert np.array_equal(document.flatten(), np.arange(1, 101) // 10)
-    assert text.windows(10, 40)[0].shape == (4, 10)
-
-
-def test_batches_show_every_token_before_any_twice():
-    batches = train.Text(torch.arange(1000), np.zeros(1000)).batches(4, 10, torch.Generator().manual_seed(0))
-    seen = torch.cat([next(batches)[0].flatten() for _ in range(24)])
-    assert len(seen.unique()) == len(seen) == 960
-
-
-def test_clustered_error_equals_a_bootstrap_over_documents():
-    rng = np.random.default_rng(0)
-    document = np.repeat(np.arange(40), rng.integers(20, 200, 40))
-    delta = rng.normal(size=40)[document] + rng.normal(size=len(document))      # tokens of a document go together
-    means = []
-    for _ in range(2000):
-        drawn = rng.integers(0, 40, 40)
-        picked = np.concatenate([delta[document == d] for d in drawn])
-        means.append(picked.mean())
-    assert train.clustered_error(delta, document) == pytest.approx(np.std(means), rel=0.15)
-
-
-def test_bits_per_byte_by_hand(smoke):
-    tokenizer = Tokenizer(smoke[0] / 'base')
-    ids = torch.tensor([tokenizer.encode('abc') + [tokenizer.eos]])
-    assert train.bits_per_byte(torch.full((ids.numel(),), 3 * np.log(2) / ids.numel()), (None, ids), tokenizer) == pytest.approx(1)
-
-
-def test_muon_orthogonalises():
-    u = train.orthogonalise(torch.randn(3, 20, 12))
-    assert torch.linalg.svdvals(u).min() > 0.3 and torch.linalg.svdvals(u).max() < 1.6
-
-
-def test_balance_loss_is_1_when_balanced_and_grows_to_N():
-    balance = train.Balance(1)
-    balance(0, torch.zeros(4, 1), torch.eye(4))
-    assert balance.loss() == pytest.approx(1)
-    balance.probs = [torch.eye(4)[:1].repeat(4, 1)]
-    assert balance.loss() == pytest.approx(4)
+    assert (
+        Allocators.load(tmp_path / 'allocator.safetensors', load(smoke[0] / 'base').config).weight.abs().sum()
+        > 0
+    )
 
 
 # ---------------------------------------------------------------- wrong inputs
 
-def refusal(capsys, *args):
-    with pytest.raises(SystemExit) as exit:
-        train.command_line([str(a) for a in args])
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count('\n') == 1 and error.startswith('train.py: ')
-    return error
-
-
-@pytest.mark.parametrize('args, says', [
-    (['--preset', 'huge'], 'huge'), (['--budget', 'x'], '--budget'), (['--budget', '0'], '--budget 0.0'),
-    (['--budget', '1.5'], 'at most 1'), (['--budget', '0.1'], 'at least 0.25'), (['--budget', 'nan'], '--budget'),
-    (['--lam', '-1'], '--lam'), (['--lam', 'inf'], '--lam'), (['--budget', '.7', '--lam', '1'], 'not both'),
-    (['--seed', '1.5'], '--seed'), (['--seed', '-1'], '--seed'), (['--device', 'abacus'], '--device abacus'),
-    (['--nonsense'], '--nonsense'), (['--data', '/no/such/file'], '/no/such/file'), (['--ckpt', '/no/such'], '/no/such')])
+@pytest.mark.parametrize(
+    'args, says',
+    [
+        (['--preset', 'huge'], 'huge'),
+        (['--budget', 'x'], '--budget'),
+        (['--budget', '0'], '--budget 0.0'),
+        (['--budget', '1.5'], 'at most 1'),
+        (['--budget', '0.1'], 'at least 0.25'),
+        (['--budget', 'nan'], '--budget'),
+        (['--lam', '-1'], '--lam'),
+        (['--lam', 'inf'], '--lam'),
+        (['--budget', '.7', '--lam', '1'], 'not both'),
+        (['--seed', '1.5'], '--seed'),
+        (['--seed', '-1'], '--seed'),
+        (['--device', 'abacus'], '--device abacus'),
+        (['--nonsense'], '--nonsense'),
+        (['--data', '/no/such/file'], '/no/such/file'),
+        (['--ckpt', '/no/such'], '/no/such'),
+    ],
+)
 def test_wrong_flags_are_refused_in_one_line(args, says, capsys, tmp_path):
-    assert says in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'run', *args)
+    assert says in refusal(
+        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', tmp_path / 'run', *args
+    )
 
 
 def test_wrong_text_is_refused_and_nothing_is_harmed(capsys, tmp_path):
     empty = tmp_path / 'empty'
     empty.mkdir()
-    assert 'no text' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty)
+    assert 'no text' in refusal(
+        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty
+    )
     (empty / 'x.txt').write_text('  \n')
-    assert 'no text' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty / 'x.txt')
+    assert 'no text' in refusal(
+        capsys,
+        'train.py',
+        train.main,
+        '--preset',
+        'smoke',
+        '--out',
+        tmp_path / 'a',
+        '--data',
+        empty / 'x.txt',
+    )
     (empty / 'x.txt').write_text('too short for anything')
-    assert 'too short' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty / 'x.txt')
+    assert 'too short' in refusal(
+        capsys,
+        'train.py',
+        train.main,
+        '--preset',
+        'smoke',
+        '--out',
+        tmp_path / 'a',
+        '--data',
+        empty / 'x.txt',
+    )
 
 
 def test_unwritable_out_is_refused(capsys, tmp_path):
     (tmp_path / 'file').write_text('here first')
-    assert 'cannot write' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'file' / 'run')
+    assert 'cannot write' in refusal(
+        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', tmp_path / 'file' / 'run'
+    )
     assert (tmp_path / 'file').read_text() == 'here first'
 
 
@@ -177,7 +172,9 @@ def test_a_base_of_other_settings_is_not_overwritten(smoke, capsys, tmp_path):
     digest = lambda: hashlib.sha256((smoke[0] / 'base/model.safetensors').read_bytes()).digest()
     before = digest()
     (tmp_path / 'x.txt').write_text('other text. ' * 20000)
-    assert 'another text' in refusal(capsys, '--preset', 'smoke', '--out', smoke[0], '--data', tmp_path / 'x.txt')
+    assert 'another text' in refusal(
+        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', smoke[0], '--data', tmp_path / 'x.txt'
+    )
     assert digest() == before
 
 
@@ -193,13 +190,46 @@ def checkpoint(folder, hf, tokenizer, dtype):
     write_json(folder / 'config.json', {**hf, 'torch_dtype': str(dtype).removeprefix('torch.')})
 
 
-SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, rms_norm_eps=1e-6,
-             max_position_embeddings=256, bos_token_id=None, eos_token_id=451)
+SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=451,
+)
 CHECKPOINTS = {
-    'deepseek': (dict(SIZES, model_type='deepseek', moe_intermediate_size=16, intermediate_size=48, n_routed_experts=8,
-                      num_experts_per_tok=4, n_shared_experts=2, first_k_dense_replace=1), 'tokenizer-deepseek', torch.float32),
-    'qwen2_moe in bf16': (dict(SIZES, model_type='qwen2_moe', moe_intermediate_size=16, intermediate_size=48, num_experts=8,
-                               num_experts_per_tok=4, shared_expert_intermediate_size=16), 'tokenizer-qwen', torch.bfloat16)}
+    'deepseek': (
+        dict(
+            SIZES,
+            model_type='deepseek',
+            moe_intermediate_size=16,
+            intermediate_size=48,
+            n_routed_experts=8,
+            num_experts_per_tok=4,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+        ),
+        'tokenizer-deepseek',
+        torch.float32,
+    ),
+    'qwen2_moe in bf16': (
+        dict(
+            SIZES,
+            model_type='qwen2_moe',
+            moe_intermediate_size=16,
+            intermediate_size=48,
+            num_experts=8,
+            num_experts_per_tok=4,
+            shared_expert_intermediate_size=16,
+        ),
+        'tokenizer-qwen',
+        torch.bfloat16,
+    ),
+}
 
 
 @pytest.mark.parametrize('name', CHECKPOINTS)
@@ -207,40 +237,33 @@ def test_the_whole_pipeline_on_a_loaded_checkpoint(name, tmp_path):
     hf, tokenizer, dtype = CHECKPOINTS[name]
     checkpoint(tmp_path / 'model', hf, tokenizer, dtype)
     rows = [{'text': f'line {i} of a text: {"and on " * 30}'} for i in range(150)] + [
-        {'messages': [{'role': 'user', 'content': 'is it so? ' * 20}, {'role': 'assistant', 'content': 'it is. ' * 20}]}] * 50
+        {
+            'messages': [
+                {'role': 'user', 'content': 'is it so? ' * 20},
+                {'role': 'assistant', 'content': 'it is. ' * 20},
+            ]
+        }
+    ] * 50
     (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    train.main(['--preset', 'smoke', '--ckpt', str(tmp_path / 'model'), '--data', str(tmp_path / 'data.jsonl'),
-                '--out', str(tmp_path / 'out')])
+    train.main(
+        [
+            '--preset',
+            'smoke',
+            '--ckpt',
+            str(tmp_path / 'model'),
+            '--data',
+            str(tmp_path / 'data.jsonl'),
+            '--out',
+            str(tmp_path / 'out'),
+        ]
+    )
     results = json.loads((tmp_path / 'out/results.json').read_text())
     rows = {row['method']: row for row in results['rows']}
     L = len(from_hf(hf).moe_layers)
     assert all(len(row['mean_k_by_layer']) == L and np.isfinite(row['loss']) for row in rows.values())
     assert rows['top-k']['mean_k'] == 4 and rows['ada-k']['mean_k'] < 3.4
-    assert Allocators.load(tmp_path / 'out/allocator.safetensors', from_hf(hf)).weight.shape == (L, 8, 32 + 8 + 3)
-
-
-def test_jsonl_rows_become_documents(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "one"}\n\n{"messages": [{"role": "user", "content": "two"}]}\n')
-    (tmp_path / 'b.txt').write_text('three')
-    (tmp_path / 'c.md').write_text('not read')
-    assert list(train.read_documents(str(tmp_path), 99).values()) == ['one', 'user: two', 'three']
-
-
-@pytest.mark.parametrize('line', ['{', '[]', '{"txt": "x"}', '{"text": 3}', '{"messages": "x"}', '{"messages": [{"role": "user"}]}'])
-def test_wrong_jsonl_is_refused_by_line(line, capsys, tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "fine"}\n' + line)
-    assert 'a.jsonl:2' in refusal(capsys, '--preset', 'smoke', '--out', tmp_path / 'o', '--data', tmp_path)
-
-
-def test_base_learnt_in_bf16_is_nearly_that_in_fp32():
-    config = tiny_config(n_layers=2)
-    tokens = torch.randint(50, (40,)).repeat(100)              # a text that repeats can be learnt
-    text = train.Text(tokens, np.zeros(len(tokens), int))
-    losses = []
-    for bf16 in (False, True):
-        s = train.Settings(base_steps=12, seq=32, base_batch=8, bf16=bf16, top_k=3)
-        model = train.learn_base(s, config, text)
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-        losses.append(train.evaluate(model, text.windows(32, 640), train.TopK(3))[0].mean().item())
-    start = train.evaluate(train.new_model(config, 0), text.windows(32, 640), train.TopK(3))[0].mean().item()
-    assert abs(losses[0] - losses[1]) < .05 * (start - losses[0]) and losses[0] < start - .3
+    assert Allocators.load(tmp_path / 'out/allocator.safetensors', from_hf(hf)).weight.shape == (
+        L,
+        8,
+        32 + 8 + 3,
+    )
