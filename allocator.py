@@ -12,6 +12,7 @@ Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`,
 A knob is calibrated on one split of the text to a wanted mean k (`bisect`) and reported on another.
 """
 import json
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -170,6 +171,11 @@ class AdaK:
         price = allocators.price if price is None else price
         n = torch.arange(1, self.k_max + 1, device=allocators.weight.device)
         self.shift = price * n                                              # (k_max,)
+
+    @classmethod
+    def of_run(cls, run, config, device):
+        """The policy that a run of train.py has learnt for the base model with this Config."""
+        return cls(Allocators.load(Path(run) / 'allocator.safetensors', config).to(device))
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):

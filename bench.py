@@ -27,8 +27,8 @@ from base.frozen import base_model
 from base.pretrain import new_model
 from hub.files import InputError, write_json
 from model import Config, generate
-from run.console import OneLineParser, default_device, one_line_errors, open_device, open_out
-from run.ranks import join, ranks
+from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags, open_out
+from run.ranks import ranks
 from run.speed import (claims, dispatch_figure, milliseconds, model_figure, model_lines, roofline,
                        roofline_figure)
 from train import settings_of
@@ -373,8 +373,7 @@ def bench_run(a):
     model, _, texts = base_model(s, Path(a.run or out))
     tokens = texts[2].windows(s.seq, max(s.seq, 2048))[0].to(s.device)      # (n,seq)
     if a.run:
-        allocators = Allocators.load(Path(a.run) / 'allocator.safetensors', model.config)
-        policy = AdaK(allocators.to(s.device))
+        policy = AdaK.of_run(a.run, model.config, s.device)
     else:
         policy = fewer(model, tokens, 0.7)
     table = model_table(model, tokens, policy, 8 if a.quick else 100, 3 if a.quick else 15)
@@ -394,15 +393,12 @@ MOVED = {'--frontier': 'python -m study.frontier RUN', '--ablations': 'python -m
 def main(argv=None):
     p = OneLineParser(__doc__, MOVED)
     p.add_argument('--run', help='a finished run of train.py, and its allocators')
-    p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
+    model_flags(p)
     p.add_argument('--quick', action='store_true', help='tiny sizes and few rounds, for tests')
     p.add_argument('--out', help='folder of bench.json and figures (default: RUN, or out)')
     p.add_argument('--seed', type=int, default=0, help='of random weights and tokens (default 0)')
-    p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
-    p.add_argument('--stream', action='store_true', help='as for train.py, with --run or --ckpt')
     a = p.parse_args(argv)
-    a.device = open_device(a.device or (default_device() if a.ckpt else 'cpu'))
-    join(a.device)
+    open_model_flags(a)
     if a.run or a.ckpt:
         return bench_run(a)
     if ranks()[1] > 1:

@@ -141,7 +141,7 @@ def parse(argv, doc=__doc__):
     s = Settings(**{**PRESETS[preset], **recipe, **given})
     check_settings(s)
     if s.ckpt and 'device' not in given:
-        s.device = default_device()
+        s.device = default_device(s.ckpt)
     if s.stream and s.device != 'cpu' and 'ppo_batch' not in given:
         # as many tokens as hide the way of the weights
         s.ppo_batch = max(1, Streamed.tokens_per_visit // ((1 + s.group) * s.seq))

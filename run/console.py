@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hub.files import InputError, write_whole
-from run.ranks import leave, ranks
+from run.ranks import join, leave, ranks
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -34,9 +34,22 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(f'{message} (see --help)')
 
 
-def default_device():
+def model_flags(p):
+    """The flags of every program that runs a model which is there."""
+    p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
+    p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
+    p.add_argument('--stream', action='store_true', help='two layers at a time, as for train.py')
+
+
+def open_model_flags(a):
+    """Open the device that they name, a.device, and meet the other ranks."""
+    a.device = open_device(a.device or default_device(a.ckpt))
+    join(a.device)
+
+
+def default_device(ckpt):
     """Where real weights go. Small models are as fast on a CPU, and the same everywhere."""
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    return 'cuda' if ckpt and torch.cuda.is_available() else 'cpu'
 
 
 def open_device(name):

@@ -3,12 +3,10 @@ RUN/analysis/analysis.json, .png.
 
     python -m study.analysis out/tiny        the findings, each published claim with whether it holds here
 """
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from allocator import AdaK, Allocators, Counted, TopK
+from allocator import AdaK, Counted, TopK
 from hub.files import InputError, write_json
 from moe_dispatch import used
 from run.console import one_line_errors
@@ -49,7 +47,7 @@ def analysis(a):
     """Measure, then print the findings and draw the figure."""
     study = open_study(a, 'analysis')
     s, c, model = study.s, study.model.config, study.model
-    policy = AdaK(Allocators.load(Path(a.run) / 'allocator.safetensors', c).to(s.device))
+    policy = AdaK.of_run(a.run, c, s.device)
     topk, ada = (Loads(p, study.L, c.n_experts, s.device) for p in (TopK(c.top_k), policy))
     loss, _ = evaluate(model, study.windows, topk)
     evaluate(model, study.windows, ada)

@@ -6,13 +6,12 @@
     SoftMixture    every k at once, weighted: the allocators can then be learnt by backpropagation
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import ppo
-from allocator import AdaK, Allocators, RandomMix, Skip, TopK, TopP, sample_k
+from allocator import AdaK, RandomMix, Skip, TopK, TopP, sample_k
 from hub.files import InputError
 from run.console import Progress
 
@@ -135,7 +134,7 @@ def make_policy(name, config, run, device):
     if name == 'ada-k':
         if not run:
             raise InputError('--policy ada-k: give the trained run with --run FOLDER')
-        return AdaK(Allocators.load(Path(run) / 'allocator.safetensors', config).to(device))
+        return AdaK.of_run(run, config, device)
     try:
         value = float(knob)
     except ValueError:

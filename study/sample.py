@@ -14,8 +14,7 @@ from hub.config import read_config
 from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from model import generate_steps
-from run.console import OneLineParser, default_device, one_line_errors, open_device
-from run.ranks import join
+from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags
 from study.passage import coloured
 from study.policies import POLICIES, make_policy
 from train import settings_of
@@ -25,11 +24,9 @@ def parser(doc):
     """The flags of a program that runs a model under a policy by name."""
     p = OneLineParser(doc)
     p.add_argument('--run', default='', help='a run of train.py: its base and its allocators')
-    p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
+    model_flags(p)
     p.add_argument('--policy', help=f'{POLICIES} (default: ada-k with --run, else top-k)')
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
-    p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
-    p.add_argument('--stream', action='store_true', help='as for train.py')
     return p
 
 
@@ -37,8 +34,7 @@ def opened(a):
     """(settings, folder of the base, its tokenizer, its Config, the name of the policy); joins the ranks."""
     if not a.run and not a.ckpt:
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
-    a.device = open_device(a.device or (default_device() if a.ckpt else 'cpu'))
-    join(a.device)
+    open_model_flags(a)
     s = settings_of(a, finished=False)
     folder = base_folder(s, Path(a.run))
     return s, folder, Tokenizer(folder), read_config(folder), a.policy or ('ada-k' if a.run else 'top-k')

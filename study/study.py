@@ -19,9 +19,9 @@ from hub.safetensors import read_safetensors, write_safetensors
 from hub.tokenizer import Tokenizer
 from model import Transformer
 from moe_dispatch import flops
-from run.console import OneLineParser, default_device, open_device, open_out
+from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
-from run.ranks import check_ranks, gathered, join
+from run.ranks import check_ranks, gathered
 from run.start import new_allocators
 from study.policies import train_soft
 from train import FIRST_PRICE, PRESETS, PRICE_RATE, Settings, check_budget, settings_of, train_ppo
@@ -124,16 +124,13 @@ def parse(argv, doc):
     """The command line that studies share; joins the ranks."""
     p = OneLineParser(doc)
     p.add_argument('run', nargs='?', default='', help='folder of a finished run of train.py')
-    p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
+    model_flags(p)
     p.add_argument('--out', help='where the study goes without a RUN (default out/NAME)')
     p.add_argument('--quick', action='store_true', help='few rows and steps, for tests')
-    p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
-    p.add_argument('--stream', action='store_true', help='as for train.py')
     a = p.parse_args(argv)
     if not a.run and not a.ckpt:
         raise InputError('give the folder of a run, or --ckpt NAME_OR_FOLDER')
-    a.device = open_device(a.device or (default_device() if a.ckpt else 'cpu'))
-    join(a.device)
+    open_model_flags(a)
     return a
 
 
