@@ -158,7 +158,7 @@ def check_settings(s):
             (s.ckpt and s.fresh, '--fresh learns a base model, --ckpt brings one: give one of them'),
             (not 0 < s.budget <= 1, f'--budget {s.budget}: must be above 0 and at most 1'),
             (s.lam is not None and not 0 <= s.lam < math.inf, f'--lam {s.lam}: must be nats, 0 or more'),
-            (s.stream and not s.ckpt, '--stream: give the checkpoint with --ckpt; a learnt one fits')):
+            (s.stream and not s.ckpt, '--stream needs --ckpt: a base that is learnt here is in memory')):
         if wrong:
             raise InputError(line)
     for name in ('seq', 'ppo_steps', 'ppo_batch', 'save_every'):

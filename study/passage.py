@@ -49,7 +49,7 @@ def coloured(model, tokenizer, tokens, policy):
 def draw_passage(ax, passage):
     """The same in a figure: passage [(text of a token, mean k), ..] in fixed width, a legend under it."""
     scale = Scale([k for _, k in passage])
-    ax.set(xlim=(0, COLUMNS), ylim=(LINES + 2, 0), title='a held-out passage, by mean k over the layers')
+    ax.set(xlim=(0, COLUMNS), ylim=(LINES + 2, 0), title='a held-out passage, by mean k')
     ax.set_axis_off()
     line = column = 0
     for text, k in passage:
