@@ -72,17 +72,18 @@ def mass_labels(probs, p):
 class Skip:
     """Of the model's own K experts keep the least k whose tail weighs at most beta times what is kept.
 
-    k is the least with p_{k+1} + .. + p_K <= beta * (p_1 + .. + p_k). For K = 2 this is the published rule:
-    drop the second expert if w_2 <= beta w_1. Example: (.4, .3, .2, .1) of K = 4, beta = .5 -> 2, since .3 <=
-    .5 * .7.
+    k is the least with p_{k+1} + .. + p_K <= beta * (p_1 + .. + p_k); beta is one number, or [L] of them, one
+    a layer. For K = 2 this is the published rule: drop the second expert if w_2 <= beta w_1. Example: (.4,
+    .3, .2, .1) of K = 4 with beta = .5 -> 2, since .3 <= .5 * .7.
     """
 
     def __init__(self, beta, top_k):
         self.beta, self.k_max = beta, top_k
 
     def __call__(self, layer, x, probs):
+        beta = self.beta[layer] if isinstance(self.beta, list) else self.beta
         ratios = tail_ratios(probs.topk(self.k_max, dim=-1).values)         # (P,K-1)
-        return 1 + (ratios > self.beta).sum(-1)
+        return 1 + (ratios > beta).sum(-1)
 
 
 def tail_ratios(p):

@@ -41,6 +41,21 @@ def expected_gain(logits, logits_topk):
     return -(p * change.clamp(max=80).expm1()).sum(-1).log1p()                  # e^80 does not overflow
 
 
+def reward_to_go(reward, discount):
+    """Credit over time: r_t + discount r_{t+1} + discount^2 r_{t+2} + .. within a sequence, (..,T) -> (..,T).
+
+    Beyond eq. 6-9, which are discount 0: through attention the k of a token changes what is predicted at
+    later tokens too, a quarter to a half of what an expert is worth. With discount 1 the expected gradient is
+    that of the whole sequence's reward; below 1 it gives up some of it for less noise, that of the later
+    tokens' own decisions. The price keeps its meaning, nats per expert, where the nats now count at later
+    tokens too. Example: (1, 2, 4) with discount .5 -> (1 + 1 + 1, 2 + 2, 4) = (3, 4, 4).
+    """
+    t = torch.arange(reward.shape[-1], device=reward.device)
+    ahead = t[:, None] - t                                              # (T,T): of r_u in the sum of t, u - t
+    weight = torch.where(ahead >= 0, float(discount) ** ahead.clamp_min(0), 0.0)
+    return reward @ weight.to(reward.dtype)
+
+
 def topk_advantage(logp, logp_topk, gamma=1.0, n_layers=1):
     """The published advantage (eq. 9): A_l = gamma^(L-l) (log p under the sampled k - log p under top-k).
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 import ppo
-from allocator import AdaK, RandomMix, Rollout, Skip, TopK, TopP
+from allocator import AdaK, RandomMix, Rollout, TopK, TopP
 from base.frozen import base_model
 from hub.files import InputError, read_json, write_json
 from moe_dispatch import flops
@@ -39,6 +39,7 @@ from run.console import OneLineParser, Progress, default_device, one_line_errors
 from run.evaluate import bits_per_byte, calibrate, clustered_error, evaluate
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import layers_figure, table, training_figure, write_log
+from run.rules import SkipFamilies, best_family
 from run.start import new_allocators
 from run.state import Interrupt, load_state, save_state
 from scale.memory import LOGITS, PASS_TOKENS
@@ -50,7 +51,7 @@ from scale.stream import Streamed
 @dataclass
 class Settings:
     """Every number of a run. FLAGS are set on the command line, the others by PRESETS, PAPER and studies."""
-    preset: str = 'tiny'            # sizes and steps: tiny, gpu, or smoke (default tiny)
+    preset: str = 'tiny'            # tiny, deep, prose, gpu or smoke (default tiny)
     out: str = ''                   # run folder (default out/PRESET)
     ckpt: str = ''                # a base in the hub's format: folder or short name (default: learn OUT/base)
     data: str = ''                  # .txt, .jsonl, .py files (default: the standard library's sources)
@@ -66,6 +67,8 @@ class Settings:
     seq: int = 128                  # T, tokens of a sequence; documents are packed (default 128)
     ppo_steps: int = 300            # PPO steps (default 300)
     ppo_batch: int = 16             # sequences of a rollout, before they are repeated (default 16)
+    discount: float = 0.9           # of later tokens' rewards in a decision's credit, 0..1 (default 0.9)
+    prose: bool = False             # take the docstrings and comments of .py files instead of the files
     # text and base model
     documents: int = 10 ** 9        # at most so many documents
     n_vocab: int = 1024             # tokens of the byte-level BPE
@@ -81,7 +84,7 @@ class Settings:
     bf16: bool = False              # matmuls in bfloat16 over fp32 weights, which are saved as bfloat16
     # allocators
     extended: bool = True           # do they see the router's sorted probabilities too?
-    start: str = 'skip'             # 'skip', 'p-warm', 'always-k', 'random': see new_allocators
+    start: str = 'skip'             # where PPO starts: see run/start.py
     warm_steps: int = 200           # of 'p-warm'
     reward: str = 'expected'       # log p of the next token, 'expected' under Top-K's prediction or 'sampled'
     cost: str = 'loss'              # the price of experts: exact in the 'loss' (eq. 10) or in the 'reward'
@@ -91,12 +94,12 @@ class Settings:
     entropy: float = 5e-4           # bonus, nats of reward per nat of entropy
     weight_decay: float = 0.0
     # evaluation
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 65536         # on which knobs are set, spread over all training documents
     heldout_tokens: int = 131072
 
 
 FLAGS = ('preset', 'out', 'ckpt', 'data', 'budget', 'lam', 'paper', 'seed', 'device', 'stream', 'fresh',
-         'resume', 'save_every', 'seq', 'ppo_steps', 'ppo_batch')
+         'resume', 'save_every', 'seq', 'ppo_steps', 'ppo_batch', 'discount', 'prose')
 PRESETS = {
     'tiny': {},
     # for one H100, not run yet: 0.45B parameters, 0.1B active, on the text of the whole Python installation
@@ -104,19 +107,23 @@ PRESETS = {
         device='cuda', bf16=True, data=sysconfig.get_paths()['stdlib'], n_vocab=4096, seq=512, n_layers=8,
         dim=1024, n_heads=16, n_kv_heads=4, n_experts=64, top_k=8, expert_dim=256, base_steps=5000,
         base_batch=64, ppo_steps=1500, ppo_batch=64, calibration_tokens=2 ** 17, heldout_tokens=2 ** 20),
+    # Mixtral in small: top-2 of 8 and many layers
+    'deep': dict(n_layers=16, dim=64, n_experts=8, top_k=2, expert_dim=96),
+    # English instead of code: the docstrings and comments of the standard library
+    'prose': dict(prose=True, n_experts=8, top_k=2, expert_dim=192),
     'smoke': dict(
         n_vocab=320, seq=64, documents=60, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, n_experts=8,
-        expert_dim=16, base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=2048,
+        expert_dim=16, base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=4096,
         heldout_tokens=4096)}
 # the published settings; the clip range and mini-batches are not published, so ours stay
-PAPER = dict(extended=False, start='p-warm', reward='sampled', group=1, ppo_lr=1e-3, epochs=2, entropy=0.0,
-             lam=3e-3, weight_decay=0.1)
+PAPER = dict(extended=False, start='p-warm', reward='sampled', discount=0.0, group=1, ppo_lr=1e-3, epochs=2,
+             entropy=0.0, lam=3e-3, weight_decay=0.1)
 MOVED = {'--plan': 'python -m scale.plan --ckpt NAME_OR_FOLDER'}
 
 CLIP = 0.2              # eps of eq. 7, 8
-FIRST_PRICE = 2e-3      # lambda at the start, nats per expert and layer
 PRICE_RATE = 0.1        # relative change of the price per step and unit of (mean k - target) / K
 PROBES = 10             # how often in a run the probe is evaluated
+PROBE_TOKENS = 65536
 
 
 def parse(argv, doc=__doc__):
@@ -158,6 +165,7 @@ def check_settings(s):
             (s.ckpt and s.fresh, '--fresh learns a base model, --ckpt brings one: give one of them'),
             (not 0 < s.budget <= 1, f'--budget {s.budget}: must be above 0 and at most 1'),
             (s.lam is not None and not 0 <= s.lam < math.inf, f'--lam {s.lam}: must be nats, 0 or more'),
+            (not 0 <= s.discount <= 1, f'--discount {s.discount}: must be in 0..1'),
             (s.stream and not s.ckpt, '--stream needs --ckpt: a base that is learnt here is in memory')):
         if wrong:
             raise InputError(line)
@@ -237,8 +245,11 @@ def ppo_step(s, step, model, allocators, optimizer, inputs, targets, noise, pric
     with torch.no_grad():
         reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)            # (G,P), (P,)
     z, k, logp_old = rollout.z, rollout.k, rollout.logp                     # (L,G*P,n_in), (L,G*P), (L,G*P)
+    own_reward = reward.mean().item()
 
-    # advantage (eq. 6, 9): against the other rollouts of a token, or against Top-K
+    # advantage (eq. 6, 9): credit over time, then against the other rollouts of a token, or against Top-K
+    reward, reward_topk = (ppo.reward_to_go(r.unflatten(-1, inputs.shape), s.discount).flatten(-2)
+                           for r in (reward, reward_topk))
     if s.cost == 'reward':                                                # then each layer has its own reward
         reward = reward - price * k.view(-1, G, P)                          # (L,G,P)
         reward_topk = reward_topk - price * K
@@ -263,29 +274,29 @@ def ppo_step(s, step, model, allocators, optimizer, inputs, targets, noise, pric
 
     # price: up while the most probable k are too many experts, down while too few
     argmax_k = (1 + logits.argmax(-1)).float().mean().item()
-    more = {'argmax_k': argmax_k, 'reward': reward.mean().item(), 'adv_std': adv.std().item()}
+    more = {'argmax_k': argmax_k, 'reward': own_reward, 'adv_std': adv.std().item()}
     stats.update(averaged(more))
     if s.lam is None:
         price *= math.exp(PRICE_RATE * (stats['argmax_k'] - s.budget * K) / K)
     return {'step': step, 'price': price, **stats}
 
 
-def train_ppo(s, model, allocators, text, calibration, log, state=None):
-    """PPO. Appends one dict per step to `log`; changes `allocators` in place.
+def train_ppo(s, model, allocators, price, text, log, probe=None, state=None):
+    """PPO from a first price. Appends one dict per step to `log`; changes `allocators` in place.
 
-    `state`: a file that holds the run's state after every s.save_every steps and on an interrupt, for
-    --resume.
+    probe: windows of other text, on which what training gains is seen. state: a file that holds the run's
+    state after every s.save_every steps and on an interrupt, for --resume; it needs a probe.
     """
     c, (rank, size) = model.config, ranks()
     mine = slice(rank * s.ppo_batch // size, (rank + 1) * s.ppo_batch // size)         # this rank's sequences
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
-    price = FIRST_PRICE if s.lam is None else s.lam
-    probe = calibration.windows(s.seq, 2 * s.calibration_tokens)      # what training has gained is seen on it
-    of_topk, at_start = (evaluate(model, probe, policy)[0] for policy in (TopK(c.top_k), AdaK(allocators)))
-    shape = len(c.moe_layers), s.group, s.ppo_batch, s.seq
-    facts = {'base_loss': of_topk.mean().item()}             # tells another base model or text by its numbers
+    shape, facts = (len(c.moe_layers), s.group, s.ppo_batch, s.seq), {}
+    if probe:
+        of_topk = evaluate(model, probe, TopK(c.top_k))[0]
+        at_start = evaluate(model, probe, AdaK(allocators))[0]
+        facts = {'base_loss': of_topk.mean().item()}         # tells another base model or text by its numbers
     if s.resume:
         log += load_state(state, s, facts, allocators, optimizer, generator)
         price = log[-1]['price']
@@ -301,7 +312,7 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
             row = ppo_step(s, step, model, allocators, optimizer, inputs, targets, noise, price)
             price = row['price']
             last = step == s.ppo_steps
-            if last or step % max(1, s.ppo_steps // PROBES) == 0:
+            if probe and (last or step % max(1, s.ppo_steps // PROBES) == 0):
                 nats, tally = evaluate(model, probe, AdaK(allocators))
                 gain = (nats - at_start).numpy()
                 probed = {'delta': (nats - of_topk).mean().item(), 'gain': gain.mean().item(),
@@ -319,17 +330,16 @@ def train_ppo(s, model, allocators, text, calibration, log, state=None):
 
 # ================================================================ evaluation
 
-def compare(s, model, allocators, calibration, heldout):
-    """The rows of results.json: Top-K, Ada-K, and the rules without training at Ada-K's mean k."""
-    c = model.config
+def compare(s, model, allocators, families, dial, heldout):
+    """The rows of results.json: Top-K, Ada-K, and the rules without training at Ada-K's mean k on `dial`."""
+    c, ada = model.config, AdaK(allocators)
     windows = heldout.windows(s.seq, s.heldout_tokens)
-    calibration = calibration.windows(s.seq, s.calibration_tokens)
-    ada = AdaK(allocators)
-    mean_k = evaluate(model, calibration, ada)[1].mean()
-    p = calibrate(model, calibration, lambda p: TopP(p, c.n_experts), mean_k, 0, 1)
-    beta = calibrate(model, calibration, lambda beta: Skip(beta, c.top_k), mean_k, 2, 0)
+    mean_k = evaluate(model, dial, ada)[1].mean()
+    p = calibrate(model, dial, lambda p: TopP(p, c.n_experts), mean_k, 0, 1)
+    family = best_family(families, families.windows, mean_k)
+    knob = calibrate(model, dial, lambda k: families.policy(family, k), mean_k, 1, c.top_k)
     policies = {'top-k': TopK(c.top_k), 'ada-k': ada, 'random-mix': RandomMix(mean_k),
-                'top-p': TopP(p, c.n_experts), 'skip': Skip(beta, c.top_k)}
+                'top-p': TopP(p, c.n_experts), 'skip': families.policy(family, knob)}
     of_topk, rows, reference = flops(c, c.top_k, s.seq), [], None
     progress = Progress('evaluation', len(policies))
     for i, (method, policy) in enumerate(policies.items(), 1):
@@ -378,14 +388,16 @@ def main(argv=None):
     lap('base')
 
     # allocators: their start, then PPO
-    allocators = new_allocators(s, model, text)
+    families = SkipFamilies(model, calibration, s.seq)
+    allocators, price = new_allocators(s, model, text, families)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
     log, state = [], out / 'state.safetensors'
     if state.exists() and not s.resume:
         print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
     try:
-        train_ppo(s, model, allocators, text, calibration, log, state)
+        probe = calibration.windows(s.seq, PROBE_TOKENS)
+        train_ppo(s, model, allocators, price, text, log, probe, state)
     except KeyboardInterrupt:
         allocators.save(out / 'allocator.safetensors')         # usable as they are
         write_log(out / 'log.csv', log)
@@ -396,13 +408,13 @@ def main(argv=None):
     lap('ppo')
 
     # evaluation
-    if s.lam is None:                                  # 0.5% below the budget: other text keeps within it too
-        windows, target = calibration.windows(s.seq, s.calibration_tokens), 0.995 * s.budget * c.top_k
-        price = calibrate(model, windows, lambda price: AdaK(allocators, price), target, 5, -5)
-        allocators.price.fill_(price)
+    dial = text.windows(s.seq, s.calibration_tokens)           # mean k varies by document: take many
+    if s.lam is None:
+        target = s.budget * c.top_k
+        allocators.price.fill_(calibrate(model, dial, lambda price: AdaK(allocators, price), target, 5, -5))
     allocators.save(out / 'allocator.safetensors')
     write_log(out / 'log.csv', log)
-    rows = compare(s, model, allocators, calibration, heldout)
+    rows = compare(s, model, allocators, families, dial, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     bpb = bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer)
     lap('evaluation')

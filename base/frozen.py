@@ -27,7 +27,7 @@ def base_model(s, out):
     texts: the three splits as Text. InputError if a base is there that was learnt with other settings or
     text.
     """
-    documents = read_documents(s.data, s.documents)
+    documents = read_documents(s.data, s.documents, s.prose)
     parts, recipe = split_documents(documents), base_recipe(s, documents)
     folder = base_folder(s, out)
     learn = not s.ckpt and (s.fresh or not is_there(folder, recipe))

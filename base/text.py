@@ -3,14 +3,18 @@
 Documents are split by a hash of their names into three parts: train, calibration (knobs are set on it) and
 held-out (every reported number is of it). A part is one stream of tokens, cut into windows of T.
 """
+import ast
 import collections
 import hashlib
+import io
 import itertools
 import json
 import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError
+from tokenize import generate_tokens as tokenize_python
 
 import numpy as np
 import torch
@@ -24,12 +28,14 @@ from hub.tokenizer import byte_characters
 # not in the default text; pydoc_data is one generated page, as long as all other files of a split together
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__', 'pydoc_data'}
 PIECE = 65536           # characters
+LEAST_PROSE = 200       # characters of a document of prose
 
 
-def read_documents(source, most):
+def read_documents(source, most, prose=False):
     """{name: text} of a file or a folder of .txt, .jsonl and .py files, at most so many.
 
-    source '' is the standard library without its tests. InputError names what cannot be read, or is no text.
+    source '' is the standard library without its tests. prose: of .py files the docstrings and comments,
+    where there are LEAST_PROSE characters of them. InputError names what cannot be read, or is no text.
     """
     root = Path(source or sysconfig.get_paths()['stdlib'])
     if not root.exists():
@@ -46,10 +52,33 @@ def read_documents(source, most):
             text = path.read_text(encoding='utf-8', errors='replace')
         except OSError as e:
             raise InputError(f'--data {path}: {e.strerror}') from None
-        documents.update(jsonl_documents(name, text) if path.suffix == '.jsonl' else {name: text})
+        if path.suffix == '.jsonl':
+            documents.update(jsonl_documents(name, text))
+        elif path.suffix != '.py' or not prose:
+            documents[name] = text
+        elif len(written := docstrings_and_comments(text)) >= LEAST_PROSE:
+            documents[name] = written
+    if prose and not documents:
+        raise InputError(f'--prose: no docstrings or comments in the .py files of {root}')
     if not any(text.strip() for text in documents.values()):
         raise InputError(f'--data {root}: no text in .txt, .jsonl or .py files there')
     return dict(itertools.islice(documents.items(), most))
+
+
+def docstrings_and_comments(source):
+    """The prose of Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
+    pieces, statement_starts = [], True
+    try:
+        for t in tokenize_python(io.StringIO(source).readline):
+            if t.type == COMMENT:
+                pieces.append(t.string.lstrip('#').strip())
+            elif t.type == STRING and statement_starts:
+                pieces.append(str(ast.literal_eval(t.string)).strip())
+            if t.type not in (NL, COMMENT):
+                statement_starts = t.type in (NEWLINE, INDENT, DEDENT)
+    except (TokenError, SyntaxError, ValueError):
+        pass
+    return '\n'.join(pieces)
 
 
 def jsonl_documents(name, text):

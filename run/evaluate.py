@@ -46,6 +46,28 @@ def evaluate(model, windows, choose_k, batch=32):
     return torch.cat([loss for loss, _ in parts]), tally
 
 
+@torch.no_grad()
+def divergences(model, windows, policies, batch=32):
+    """KL in nats from the Top-K prediction to each policy's, per token, with its tally: [((n*T,), Counted),
+    ..].
+
+    It is the loss that a policy costs, expected under the Top-K prediction instead of taken on the text's own
+    token.
+    """
+    tallies = [Counted(policy, len(model.config.moe_layers), model.device) for policy in policies]
+    rows = max(1, LOGITS // (model.config.n_vocab * windows[0].shape[1]))
+    found = [[] for _ in policies]
+    for part in windows[0].split(batch):
+        tokens = part.to(model.device)
+        topk, *hidden = model.hidden_of([(tokens, choose_k) for choose_k in (None, *tallies)])       # (B,T,C)
+        for at in range(0, len(tokens), rows):
+            logits_topk = model.lm_head(topk[at:at + rows])                 # (rows,T,V)
+            for nats, h in zip(found, hidden):
+                gain = ppo.expected_gain(model.lm_head(h[at:at + rows]), logits_topk)
+                nats.append(-gain.flatten().cpu().double())
+    return [(torch.cat(nats), tally) for nats, tally in zip(found, tallies)]
+
+
 def calibrate(model, windows, policy_of, target, low, high):
     """The knob at which policy_of(knob) has mean k = target on `windows`, by bisection with real passes."""
     def mean_k(knob):

@@ -1,39 +1,52 @@
 """run/start.py: the allocators as PPO starts with them.
 
-'skip' (the default) is expert skipping at the budget, exactly; 'p-warm' (published, eq. 12, 13) imitates a
-Top-P rule at K by supervised learning; 'always-k' is K for every token with some exploration; 'random' knows
-nothing.
+'skip' (the default) is expert skipping at the budget, exactly: the best of the families of run/rules.py on
+the calibration split; 'one beta', 'per layer' and 'greedy' are those families by name; 'p-warm' (published,
+eq. 12, 13) imitates a Top-P rule at K by supervised learning; 'always-k' is K for every token with some
+exploration; 'random' knows nothing.
 """
-import math
-
 import torch
 
 import ppo
-from allocator import Allocators, Skip, TopK, Watched, bisect, mass_labels
+from allocator import Allocators, TopK, Watched, mass_labels
 from run.console import Progress
+from run.rules import best_family, worth_of_an_expert
 from scale.memory import allocator_sizes
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
 WARM_LR = 1e-3          # of P-Warm
 ALWAYS_K = -2.0         # logits per expert away from K
+UNBUDGETED = 0.9        # of K: where a run with a fixed price starts
+FIRST_PRICE = 0.7      # of what an expert is worth to a rule: trained allocators get more from those they run
 
 
-def new_allocators(s, model, text):
-    """Allocators for a frozen model, at the start that s.start names; `text` to look at (train split)."""
+def new_allocators(s, model, text, families):
+    """(allocators at the start that s.start names, the price of an expert that PPO starts at, in nats).
+
+    text: the training split, to look at; families: run/rules.py:SkipFamilies of the model.
+    """
     c = model.config
     allocators = Allocators(c, allocator_sizes(s, c)[0], s.extended).to(s.device)
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed))
+    mean_k = c.top_k * (s.budget if s.lam is None else UNBUDGETED)
     if s.extended:
         standardise(allocators, look(s, model, next(batches)[0]))
-    if s.start == 'skip':
-        start_at_skip(s, allocators, look(s, model, next(batches)[0]))
-    elif s.start == 'p-warm':
+    if s.start == 'p-warm':
         p_warm(s, model, allocators, batches)
     elif s.start == 'always-k':
         k = torch.arange(1, allocators.k_max + 1)
         allocators.bias.data.copy_(ALWAYS_K * (k - c.top_k).abs())
-    return allocators
+    elif s.start != 'random':
+        family = s.start
+        if family == 'skip':
+            family = best_family(families, families.windows, mean_k)
+            print(f'start: expert skipping, {family}')
+        start_at_skip(allocators, families.policy(family, mean_k))
+    price = s.lam
+    if price is None:
+        price = FIRST_PRICE * worth_of_an_expert(families, mean_k)
+    return allocators, price
 
 
 @torch.no_grad()
@@ -66,21 +79,20 @@ def standardise(allocators, seen):
 
 
 @torch.no_grad()
-def start_at_skip(s, allocators, seen):
-    """Weights that are expert skipping (`Skip`) at the budget, the best rule without training.
+def start_at_skip(allocators, skip):
+    """Weights that are this `Skip`, a rule without training.
 
     Skip is linear in its log ratios r_k: the scores SHARPNESS * sum_{i<k} (r_i - log beta) are largest at the
     least k with r_k <= log beta. More than K experts start as unlikely.
     """
-    K = allocators.top_k
-    probs = torch.cat([probs for _, probs in seen])                         # (L*P,N)
-    target = K * (s.budget if s.lam is None else 0.9)
-    beta = bisect(lambda beta: Skip(beta, K)(0, None, probs).float().mean().item(), target, 4, 0)
-    k = torch.arange(1, allocators.k_max + 1, device=probs.device)          # (A,)
+    L, A = allocators.bias.shape
+    K, device = allocators.top_k, allocators.bias.device
+    beta = torch.tensor(skip.beta, device=device).expand(L)                 # (L,)
+    k = torch.arange(1, A + 1, device=device)                               # (A,)
     ratios = slice(allocators.mean.shape[1] - (K - 1), None)           # the inputs that are Skip's log ratios
     passed = (k[:K - 1] < k[:, None]).float() * SHARPNESS                   # (A,K-1): is i < k?
     allocators.weight[:, :, ratios] = passed * allocators.std[:, None, ratios]
-    scores = (allocators.mean[:, ratios] - math.log(beta + 1e-6)) @ passed.T
+    scores = (allocators.mean[:, ratios] - (beta + 1e-6).log()[:, None]) @ passed.T         # (L,A)
     allocators.bias.copy_(scores - SHARPNESS * (k - K).clamp_min(0))
 
 

@@ -18,9 +18,10 @@ from hub.files import InputError
 from moe_dispatch import flops
 from run.console import one_line_errors
 from run.report import markdown
+from run.rules import LEVELS, SEARCH_TOKENS
 from scale.memory import allocator_sizes, free_memory, state_bytes, weight_bytes, weight_counts, working_bytes
 from scale.stream import Streamed
-from train import PROBES, check_budget, parse
+from train import PROBES, PROBE_TOKENS, check_budget, parse
 
 # name: bf16 matmul FLOP/s, host-to-device bytes/s, bytes of memory, as published
 GPUS = {'A800-80GB': (312e12, 32e9, 80e9), 'H100-80GB': (989e12, 64e9, 80e9), 'H200': (989e12, 64e9, 141e9)}
@@ -73,13 +74,15 @@ def run_flops(s, config):
 
     def visits(n):
         return -(-n // together)
-    looks = s.warm_steps if s.start == 'p-warm' else 2
-    probe, probes = 2 * s.calibration_tokens, PROBES + 2
+    looks, L = (s.warm_steps if s.start == 'p-warm' else 2), len(c.moe_layers)
+    # run/rules.py: the tails, the search of shares, the best family, what an expert is worth
+    search = SEARCH_TOKENS * (1 + L * (1 + len(LEVELS)) + 7)
+    probes = PROBES + 2
     calibrated, compared = 3 * 8 + 1, 5
     return {
-        'start': (looks * tokens * forward(c.top_k), looks),
+        'start': ((looks * tokens + search) * forward(c.top_k), looks + 3 + L * visits(SEARCH_TOKENS)),
         'ppo': (s.ppo_steps * tokens * (forward(c.top_k) + s.group * forward(mean_k) + update)
-                + probes * probe * forward(mean_k), s.ppo_steps + probes * visits(probe)),
+                + probes * PROBE_TOKENS * forward(mean_k), s.ppo_steps + probes * visits(PROBE_TOKENS)),
         'evaluation': ((calibrated * s.calibration_tokens + compared * s.heldout_tokens) * forward(mean_k),
                        calibrated * visits(s.calibration_tokens) + compared * visits(s.heldout_tokens))}
 

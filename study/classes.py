@@ -98,9 +98,10 @@ def held_out_classes(study):
 
     Prose rules where nothing is Python.
     """
-    documents = read_documents(study.s.data, study.s.documents)
+    s = study.s
+    documents = read_documents(s.data, s.documents, s.prose)
     names, classes_of = PYTHON_CLASSES, python_classes
-    if not any(name.endswith('.py') for name in documents):
+    if s.prose or not any(name.endswith('.py') for name in documents):
         print('no Python files in the text: token classes by the rule for prose (prose_classes)',
               file=sys.stderr)
         names, classes_of = PROSE_CLASSES, prose_classes
@@ -108,5 +109,5 @@ def held_out_classes(study):
     for text in split_documents(documents)[2]:
         stream += token_classes(study.tokenizer, study.tokenizer.document(text), text, classes_of(text))
     number = torch.tensor([names.index(kind) for kind in stream])
-    inputs, _, _ = Text(number, study.heldout.document).windows(study.s.seq, study.s.heldout_tokens)
+    inputs, _, _ = Text(number, study.heldout.document).windows(s.seq, s.heldout_tokens)
     return inputs.flatten(), names

@@ -15,12 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from allocator import AdaK, Allocators, RandomMix, Skip, TopK, TopP, bisect
+from allocator import AdaK, Allocators, RandomMix, TopK, TopP, bisect
 from hub.files import read_json, write_json
 from model import Transformer
 from run.console import one_line_errors
 from run.evaluate import clustered_error, evaluate
 from run.report import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, markdown, save_figure
+from run.rules import FAMILIES
 from study.policies import EntropyBands, PerLayer
 from study.study import BUDGETS, open_study, parse
 from train import PAPER
@@ -28,11 +29,14 @@ from train import PAPER
 # method: colour, marker, line
 LOOKS = {
     'static k': ('black', 'x', ':'), 'random mix': (GREY, 'v', '--'), 'per-layer static k': (GREY, 's', ':'),
-    'Top-P': (ORANGE, 's', '-'), 'expert skipping': (GREEN, '^', '-'), 'entropy bands': (PINK, 'D', '--'),
+    'Top-P': (ORANGE, 's', '-'), 'entropy bands': (PINK, 'D', '--'),
+    'skipping, one beta': (GREEN, 'v', ':'), 'skipping, per layer (published)': (GREEN, '^', '--'),
+    'skipping, greedy': (GREEN, '<', '-'),
     'P-Warm only': (SKY, '<', ':'), 'published recipe, dialled': (SKY, '>', '--'),
     'learnt without RL': (RED, 'P', '-'), 'Ada-K, dialled': (BLUE, 'o', ':'), 'Ada-K': (BLUE, 'o', '-'),
     'oracle (hindsight)': ('black', '*', '-.')}
-TRAINING_FREE = list(LOOKS)[:6]
+TRAINING_FREE = list(LOOKS)[:8]
+SKIPPING = dict(zip(TRAINING_FREE[5:], FAMILIES))
 
 
 # ================================================================ rows that need more than a knob
@@ -70,24 +74,32 @@ def oracle(losses, price):
 
 def frontier(a):
     """Measure what is not there yet, then print the table and draw the figure."""
-    start, study = time.time(), open_study(a, 'frontier')
+    study = open_study(a, 'frontier')
     adopt(study, a.run)
-    s, K = study.s, study.K
-    k_max = min(2 * K, study.model.config.n_experts)
-    seeds, budgets = range(s.seed, s.seed + (1 if a.quick else 3)), BUDGETS[1::2] if a.quick else BUDGETS
+    results = measure(study, BUDGETS[1::2] if a.quick else BUDGETS, 1 if a.quick else 3)
+    print(frontier_table(results['rows']))
+    frontier_figure(study.folder / 'frontier.png', results['rows'])
+    print(f'{results["seconds"]:.0f} s in all; wrote frontier.json and frontier.png in {study.folder}')
+
+
+def measure(study, budgets, n_seeds, methods=tuple(LOOKS)):
+    """What frontier.json holds: static k, and these methods at every budget. Written again after every row."""
+    s, K, start = study.s, study.K, time.time()
+    k_max, seeds = min(2 * K, study.model.config.n_experts), range(s.seed, s.seed + n_seeds)
     kept = study.folder / 'frontier.json'
     spent = read_json(kept)['seconds'] if kept.exists() else 0.0
     static = {k: study.measured(f'static-{k}', lambda k=k: TopK(k)) for k in range(1, k_max + 1)}
     topk, rows, paired = static[K][0], [], []
     greedy = functools.cache(lambda: greedy_layers(study))
+    results = {'rows': rows, 'K': K, 'tokens': len(topk), 'seeds': len(seeds),
+               'documents': len(np.unique(study.windows[2])), 'threads': torch.get_num_threads(),
+               'torch': torch.__version__}
 
     def add(method, budget, measurements, params=0):
         rows.append({'method': method, 'budget': budget, **study.row(measurements, topk, params)})
         paired.append(torch.stack([loss for loss, _ in measurements]))      # (seeds,n)
-        write_json(kept, {
-            'rows': rows, 'K': K, 'seconds': spent + time.time() - start, 'tokens': len(topk),
-            'seeds': len(seeds), 'documents': len(np.unique(study.windows[2])),
-            'threads': torch.get_num_threads(), 'torch': torch.__version__})
+        results['seconds'] = spent + time.time() - start
+        write_json(kept, results)
 
     def add_trained(method, budget, seeds, make):
         """A row of allocators make(seed), their price dial set on the calibration split."""
@@ -102,18 +114,18 @@ def frontier(a):
         add('static k', k / K, [measurement])
     for b in budgets:
         for method, file, policy in rules(study, b, k_max, greedy):
-            add(method, b, [study.measured(f'{file}-{b}', policy)])
+            if method in methods:
+                add(method, b, [study.measured(f'{file}-{b}', policy)])
         for method, n, make in trained(study, b):
-            add_trained(method, b, seeds[:n], make)
+            if method in methods:
+                add_trained(method, b, seeds[:n], make)
         add_lead(study, rows, paired, b)
-        losses = torch.stack([loss for loss, _ in static.values()])         # (A,n)
-        price = bisect(lambda price: oracle(losses, price)[1].double().mean().item(), b * K, 5, 0, 30)
-        loss, k = oracle(losses, price)
-        add('oracle (hindsight)', b, [(loss, torch.bincount(k, minlength=k_max + 1)[None])])
-    print(frontier_table(rows))
-    frontier_figure(study.folder / 'frontier.png', rows)
-    print(f'{spent + time.time() - start:.0f} s in all; '
-          f'wrote frontier.json and frontier.png in {study.folder}')
+        if 'oracle (hindsight)' in methods:
+            losses = torch.stack([loss for loss, _ in static.values()])     # (A,n)
+            price = bisect(lambda price: oracle(losses, price)[1].double().mean().item(), b * K, 5, 0, 30)
+            loss, k = oracle(losses, price)
+            add('oracle (hindsight)', b, [(loss, torch.bincount(k, minlength=k_max + 1)[None])])
+    return results
 
 
 def adopt(study, run):
@@ -130,8 +142,13 @@ def rules(study, b, k_max, greedy):
     return [('random mix', 'random-mix', lambda: RandomMix(b * K)),
             ('per-layer static k', 'per-layer', lambda: PerLayer(between(greedy(), b * K * L))),
             ('Top-P', 'top-p', study.calibrated(lambda p: TopP(p, N), b, 0, 1)),
-            ('expert skipping', 'skip', study.calibrated(lambda beta: Skip(beta, K), b, 4, 0)),
-            ('entropy bands', 'bands', study.calibrated(lambda scale: EntropyBands(scale, k_max), b, 0, 4))]
+            ('entropy bands', 'bands', study.calibrated(lambda scale: EntropyBands(scale, k_max), b, 0, 4)),
+            *((method, method, skipping(study, family, b)) for method, family in SKIPPING.items())]
+
+
+def skipping(study, family, b):
+    """A function that makes the Skip of this family at budget b."""
+    return study.calibrated(lambda mean_k: study.families.policy(family, mean_k), b, 1, study.K)
 
 
 def trained(study, b):
@@ -194,10 +211,12 @@ def frontier_table(rows):
 
 
 def frontier_figure(path, rows):
-    """Left: loss minus Top-K against the share of expert FLOPs. Right: minus expert skipping, close up."""
+    """Left: loss minus Top-K against the share of expert FLOPs. Right: minus the best free rule, close up."""
     fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.8), layout='constrained')
-    skip = {r['budget']: r['delta'] for r in rows if r['method'] == 'expert skipping'}
-    near = 'expert skipping', 'learnt without RL', 'Ada-K, dialled', 'Ada-K'
+    budgets = {r['budget'] for r in rows if r['method'] == 'Ada-K'}
+    free = {budget: min(r['delta'] for r in rows if r['method'] in TRAINING_FREE and r['budget'] == budget)
+            for budget in budgets}
+    near = *SKIPPING, 'learnt without RL', 'Ada-K, dialled', 'Ada-K'
     for method, (color, marker, line) in LOOKS.items():
         mine = [r for r in rows if r['method'] == method and r['expert_flops'] < 1]
         mine.sort(key=lambda r: r['expert_flops'])
@@ -206,14 +225,14 @@ def frontier_figure(path, rows):
         if mine and method != 'oracle (hindsight)':
             a.errorbar(x, [r['delta'] for r in mine], error, label=method, **look)
         if mine and method in near:
-            b.errorbar(x, [r['delta'] - skip[r['budget']] for r in mine], error, **look)
-    worst = max(r['delta'] for r in rows if r['budget'] in skip and r['method'] in TRAINING_FREE[1:])
+            b.errorbar(x, [r['delta'] - free[r['budget']] for r in mine], error, **look)
+    worst = max(r['delta'] for r in rows if r['budget'] in budgets and r['method'] in TRAINING_FREE[1:])
     a.set(xlabel='share of expert FLOPs', ylabel='loss minus Top-K (nats/token)', xlim=(0.45, 1),
           ylim=(-0.002, 1.1 * worst), title='every policy (lower is better)')
     a.axhline(0, color='black', linewidth=0.8)
-    b.set(xlabel='share of expert FLOPs', ylabel='loss minus expert skipping (nats/token)',
+    b.set(xlabel='share of expert FLOPs', ylabel='loss minus the best free rule (nats/token)',
           title='close up (bars: error against Top-K)')
-    fig.legend(loc='outside lower center', ncols=6, fontsize=8)
+    fig.legend(loc='outside lower center', ncols=5, fontsize=8)
     save_figure(fig, path)
 
 

@@ -22,9 +22,10 @@ from moe_dispatch import flops
 from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import check_ranks, gathered
+from run.rules import SkipFamilies
 from run.start import new_allocators
 from study.policies import train_soft
-from train import FIRST_PRICE, PRESETS, PRICE_RATE, Settings, check_budget, settings_of, train_ppo
+from train import PRESETS, PRICE_RATE, Settings, check_budget, settings_of, train_ppo
 
 BUDGETS = 0.9, 0.75, 0.6, 0.5
 SOFT_STEPS = 200        # of learning without RL
@@ -45,8 +46,9 @@ class Study:
     quick: bool = False             # few steps, for tests
 
     def __post_init__(self):
-        self.calibration_windows = self.calibration.windows(self.s.seq, self.s.calibration_tokens)
+        self.dial = self.text.windows(self.s.seq, self.s.calibration_tokens)
         self.windows = self.heldout.windows(self.s.seq, self.s.heldout_tokens)
+        self.families = SkipFamilies(self.model, self.calibration, self.s.seq)
         self.K, self.L = self.model.config.top_k, len(self.model.config.moe_layers)
 
     def measured(self, name, policy_of):
@@ -63,10 +65,10 @@ class Study:
         return tensors['loss'].double(), tensors['counts']
 
     def calibrated(self, policy_of, budget, low, high):
-        """A function that makes policy_of(knob) with mean k = budget * K on the calibration windows."""
+        """A function that makes policy_of(knob) with mean k = budget * K on many training documents."""
         def policy():
             target = budget * self.K
-            return policy_of(calibrate(self.model, self.calibration_windows, policy_of, target, low, high))
+            return policy_of(calibrate(self.model, self.dial, policy_of, target, low, high))
         return policy
 
     def allocators(self, kind, budget, seed, prepare=None, **changes):
@@ -78,14 +80,14 @@ class Study:
         if not there(path):
             s = replace(self.s, **{'budget': budget, 'seed': seed, 'lam': None, **changes})
             print(f'training {path.stem}', flush=True)
-            allocators = new_allocators(s, self.model, self.text)
+            allocators, price = new_allocators(s, self.model, self.text, self.families)
             if prepare:
                 prepare(allocators)
             if kind == 'no-rl':
                 steps = 12 if self.quick else SOFT_STEPS
-                train_soft(s, self.model, allocators, self.text, steps, FIRST_PRICE, PRICE_RATE)
+                train_soft(s, self.model, allocators, self.text, steps, price, PRICE_RATE)
             elif kind != 'p-warm':
-                train_ppo(s, self.model, allocators, self.text, self.calibration, [])
+                train_ppo(s, self.model, allocators, price, self.text, [])
             allocators.save(path)
             gathered('saved')
         return Allocators.load(path, self.model.config).to(self.s.device)
@@ -135,13 +137,20 @@ def parse(argv, doc):
 
 
 def open_study(a, name):
-    """The Study called `name` of a.run or a.ckpt; InputError if its folder is of another base or recipe."""
+    """The Study called `name` of a.run or a.ckpt."""
     s = settings_of(a, **PRESETS['smoke' if a.quick else 'tiny'])
-    out = Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}'))
+    return study_at(s, Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}')), name, a.quick)
+
+
+def study_at(s, out, name, quick=False):
+    """The Study called `name` in the folder `out`, its base learnt if need be.
+
+    InputError says in what it differs from the study that is there already.
+    """
     model, tokenizer, texts = base_model(s, out)
     check_budget(replace(s, budget=min(BUDGETS), lam=None), model.config.top_k)
     check_ranks(s)
-    study = Study(s, model, tokenizer, *texts, open_out(out / name), a.quick)
+    study = Study(s, model, tokenizer, *texts, open_out(out / name), quick)
     facts = {'base': fingerprint(base_folder(s, out)), 'text': [len(t.tokens) for t in texts],
              **{field: value for field, value in asdict(s).items() if field not in FREE}}
     kept = study.folder / 'study.json'

@@ -16,13 +16,14 @@ FLOORS = [
     ['allocator'],
     ['ppo'],
     ['scale.memory', 'scale.stream', 'scale.shard'],
-    ['run.ranks', 'run.console', 'run.state', 'run.evaluate', 'run.report', 'run.speed', 'run.start'],
+    ['run.ranks', 'run.console', 'run.state', 'run.evaluate', 'run.report', 'run.speed', 'run.rules',
+     'run.start'],
     ['base.text', 'base.pretrain'],
     ['base.frozen'],
     ['train'],
     ['bench'],
     ['scale.plan', 'study.policies', 'study.study', 'study.passage', 'study.classes', 'study.frontier',
-     'study.ablations', 'study.analysis', 'study.sample', 'study.scores', 'study.tasks']]
+     'study.bases', 'study.ablations', 'study.analysis', 'study.sample', 'study.scores', 'study.tasks']]
 # what the files that are read aloud may lean on, no more
 ALLOWED = {
     'moe_dispatch': set(),

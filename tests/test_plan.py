@@ -60,7 +60,7 @@ def test_plan_of_mixtral_by_hand(hub):
     assert m['hours']['plain'] is None and m['hours']['shard'] == pytest.approx(
         sum(seconds.values()) / 8 / 3600
     )
-    way = {'start': 2, 'ppo': 112, 'evaluation': 25 + 5 * 2}  # visits; 65,536 tokens share one
+    way = {'start': 2 + 3 + L, 'ppo': 112, 'evaluation': 25 + 5 * 2}  # visits; 65,536 tokens share one
     assert m['hours']['stream'] == pytest.approx(
         sum(max(seconds[stage], n * 2 * L * layer / 5e10) for stage, n in way.items()) / 3600
     )

@@ -8,6 +8,7 @@ from allocator import AdaK, Allocators, Skip, TopK, TopP, tail_ratios
 from base.text import Text
 from conftest import random_model, tiny_config
 from run.evaluate import calibrate, evaluate
+from run.rules import SkipFamilies, best_family, worth_of_an_expert
 from run.start import look, new_allocators
 from study.policies import EntropyBands, PerLayer, SoftMixture
 from train import Settings
@@ -77,22 +78,20 @@ def test_the_gradient_through_a_soft_mixture_is_that_of_finite_differences():
         assert abs((values[0] - values[1]) / 2e-2 - gradient[at].item()) < .01 * gradient.abs().max().item()
 
 
-@pytest.mark.parametrize('budget', [.9, .6])
-def test_allocators_start_as_expert_skipping(budget):
+@pytest.mark.parametrize('budget', [0.9, 0.6])
+@pytest.mark.parametrize('start', ['one beta', 'per layer', 'greedy', 'skip'])
+def test_allocators_start_as_expert_skipping(start, budget):
     model = random_model(tiny_config(top_k=4))
-    s = Settings(budget=budget, seq=16)
-    text = Text(torch.randint(50, (4000,)), np.zeros(4000, int))
-    allocators = new_allocators(s, model, text)
-    inputs = text.windows(16, 1600)[0]
-    probs = torch.cat([p for _, p in look(s, model, inputs)])
-    seen = [(layer, x, p) for layer, (x, p) in enumerate(look(s, model, inputs))]
-    k = torch.cat([AdaK(allocators)(*one) for one in seen])
-    assert abs(k.float().mean() - budget * 4) < .1
-    # some beta gives nearly the same decisions: it was fitted on another batch, so search it
-    agreement = max(
-        (Skip(beta, 4)(0, None, probs) == k).float().mean().item() for beta in np.geomspace(0.01, 4, 800)
-    )
-    assert agreement > .995
+    s = Settings(budget=budget, seq=16, start=start)
+    text = Text(torch.randint(50, (9000,)), np.zeros(9000, int))
+    families = SkipFamilies(model, text, 16)
+    allocators, price = new_allocators(s, model, text, families)
+    family = best_family(families, families.windows, 4 * budget) if start == 'skip' else start
+    skip, ada = families.policy(family, 4 * budget), AdaK(allocators)
+    seen = [(layer, x, p) for layer, (x, p) in enumerate(look(s, model, text.windows(16, 1600)[0]))]
+    k, wanted = (torch.cat([policy(*one) for one in seen]) for policy in (ada, skip))
+    assert abs(k.float().mean() - budget * 4) < 0.1 and (k == wanted).float().mean() > 0.999
+    assert price == pytest.approx(0.7 * worth_of_an_expert(families, 4 * budget)) and price > 0
 
 
 def test_calibration_hits_its_mean_k_within_a_percent():

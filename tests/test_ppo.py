@@ -64,6 +64,18 @@ def test_group_advantage_by_hand():
     torch.testing.assert_close(ppo.group_advantage(r), torch.tensor([[1 - 4.], [2 - 3.5], [6 - 1.5]]))
 
 
+def test_reward_to_go_by_hand():
+    r = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]])
+    assert ppo.reward_to_go(r, 0.5).tolist() == [[3.0, 4.0, 4.0], [2.0, 4.0, 8.0]]
+    assert ppo.reward_to_go(r, 1).tolist() == [[7.0, 6.0, 4.0], [8.0, 8.0, 8.0]]
+    drawn = torch.randn(4, 3, 128)                             # (G,B,T)
+    assert torch.equal(ppo.reward_to_go(drawn, 0.0), drawn)    # the paper's: bit for bit
+    slow = drawn.clone()
+    for t in range(126, -1, -1):
+        slow[..., t] += 0.9 * slow[..., t + 1]
+    torch.testing.assert_close(ppo.reward_to_go(drawn, 0.9), slow)
+
+
 def test_gamma_discounts_shallow_layers():
     got = ppo.topk_advantage(torch.tensor([1.]), torch.tensor([0.]), gamma=.5, n_layers=3)
     assert got.tolist() == [[.25], [.5], [1.]]
@@ -128,6 +140,38 @@ def test_mean_gradient_is_exact_with_the_group_baseline():
             for t, g in zip(total, loss_gradient(theta, plan, a)):
                 t += p * g / 2
     for t, e in zip(total, exact_gradient(theta)):
+        torch.testing.assert_close(t, e)
+
+
+# two tokens, one layer, 3 actions: the k of the first token changes the state and the reward of the second
+OWN = torch.tensor([0.5, 0.1, -0.4])
+LATER = torch.tensor([[-1.0, -2.0, 0.5], [0.0, 1.0, -3.0], [2.0, -0.5, 0.3]])
+
+
+@pytest.mark.parametrize('discount', [0.0, 0.5, 1.0])
+def test_mean_gradient_with_credit_over_time_is_exact(discount):
+    """Enumerated: that of E[r_1 + discount r_2] for the first token, of E[r_2] for the second."""
+    theta = toy(3)
+    total = [torch.zeros(3), torch.zeros(3, 3)]
+    plans = list(itertools.product(ACTIONS, ACTIONS))
+    reward = {
+        (a, b): ppo.reward_to_go(torch.stack([OWN[a], LATER[a, b]]), discount) for a, b in plans
+    }  # (T=2,)
+    for one, other in itertools.product(plans, plans):                          # G = 2 rollouts, both learn
+        p = (plan_prob(theta, *one) * plan_prob(theta, *other)).detach()
+        adv = ppo.group_advantage(torch.stack([reward[one], reward[other]]))    # (G,P=2)
+        for (a, b), of_tokens in ((one, adv[0]), (other, adv[1])):
+            logits = torch.stack([theta[0], theta[1][a]])[None]                 # (L=1,P=2,A)
+            k = torch.tensor([[a + 1, b + 1]])
+            old = logits.detach().log_softmax(-1).gather(-1, (k - 1)[..., None])[..., 0]
+            loss, _ = ppo.ppo_loss(logits, k, old, of_tokens, 0.0, 0.2)
+            for t, g in zip(total, torch.autograd.grad(loss, theta)):
+                t += p * g / 2
+    first = sum(theta[0].softmax(-1)[a] * (OWN[a] + discount * (theta[1][a].softmax(-1).detach() @ LATER[a]))
+                for a in ACTIONS)
+    second = sum(theta[0].softmax(-1)[a].detach() * (theta[1][a].softmax(-1) @ LATER[a]) for a in ACTIONS)
+    exact = torch.autograd.grad(-first / 2, theta[0])[0], torch.autograd.grad(-second / 2, theta[1])[0]
+    for t, e in zip(total, exact):
         torch.testing.assert_close(t, e)
 
 

@@ -18,6 +18,7 @@ from hub.safetensors import read_safetensors, write_safetensors
 from base.text import Text
 from hub.files import InputError
 from run.console import one_line_errors
+from run.rules import SkipFamilies
 from run.start import new_allocators
 
 TRAIN = Path(__file__).parent.parent / 'train.py'
@@ -150,9 +151,10 @@ def test_a_loss_of_nan_leaves_the_last_good_state(tmp_path, monkeypatch):
         good = real(*args)
         return good if len(calls) < 6 else (good[0] * float('nan'), good[1])
     monkeypatch.setattr(train, 'rollout_reward', reward)
-    allocators, log = new_allocators(s, model, text), []
+    allocators, price = new_allocators(s, model, text, SkipFamilies(model, text, 16))
+    log = []
     with pytest.raises(InputError, match='step 6'):
-        train.train_ppo(s, model, allocators, text, text, log, tmp_path / 'state')
+        train.train_ppo(s, model, allocators, price, text, log, text.windows(16, 256), tmp_path / 'state')
     assert len(log) == 5 and allocators.weight.isfinite().all()
     tensors, metadata = read_safetensors(tmp_path / 'state')
     assert len(json.loads(metadata['state'])['log']) == 4 and all(

@@ -13,6 +13,7 @@ from hub.files import InputError
 from model import generate
 from scale.stream import stream
 from base.text import Text
+from run.rules import SkipFamilies
 from run.start import new_allocators
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -73,9 +74,11 @@ def test_streamed_training_ends_with_the_same_bits(checkpoint, monkeypatch):
     text = Text(torch.randint(50, (3000,)), torch.arange(3000).numpy() // 100)
     ends = []
     for model in (load(checkpoint), stream(checkpoint)):
-        allocators, log = new_allocators(s, model, text), []
-        train.train_ppo(s, model, allocators, text, text, log)
-        ends.append((allocators.state_dict(), log, train.compare(s, model, allocators, text, text)))
+        families, log = SkipFamilies(model, text, 16), []
+        allocators, price = new_allocators(s, model, text, families)
+        train.train_ppo(s, model, allocators, price, text, log, text.windows(16, 256))
+        rows = train.compare(s, model, allocators, families, text.windows(16, 256), text)
+        ends.append((allocators.state_dict(), log, rows))
     (plain, *known), (streamed, *found) = ends
     assert (
         all(torch.equal(plain[name], streamed[name]) for name in plain)

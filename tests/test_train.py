@@ -17,6 +17,7 @@ from hub.config import from_hf
 from hub.files import write_json
 from hub.safetensors import write_safetensors
 from base.frozen import base_model
+from run.rules import SkipFamilies
 from run.start import new_allocators
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -66,9 +67,9 @@ def test_the_base_is_bit_identical_after_training(smoke):
     s = train.parse(['--preset', 'smoke'])
     model, tokenizer, (text, calibration, _) = base_model(s, out)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    allocators = new_allocators(s, model, text)
+    allocators, price = new_allocators(s, model, text, SkipFamilies(model, calibration, s.seq))
     start = allocators.weight.detach().clone()
-    train.train_ppo(s, model, allocators, text, calibration, [])
+    train.train_ppo(s, model, allocators, price, text, [])
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not torch.equal(start, allocators.weight)
