@@ -17,6 +17,7 @@ from run.report import markdown, table as result_rows  # noqa: E402
 from run.speed import claims, milliseconds, model_lines, roofline  # noqa: E402
 from study.ablations import ablation_table  # noqa: E402
 from study.analysis import findings  # noqa: E402
+from study.bases import bases_table  # noqa: E402
 from study.frontier import frontier_table  # noqa: E402
 
 DOCUMENTS = 'README.md', 'study/README.md', 'scale/README.md', 'hub/README.md', 'assets/bench.md'
@@ -40,10 +41,12 @@ def frontier(r):
     return f'{frontier_table(r["rows"])}\n\n{note}'
 
 
-def short_frontier(r):
-    """The rows that the first screen shows, at every budget."""
-    shown = 'random mix', 'Top-P', 'expert skipping', 'learnt without RL', 'Ada-K'
-    return frontier({**r, 'rows': [row for row in r['rows'] if row['method'] in shown]})
+def bases(r):
+    base = r['tiny']
+    minutes = sum(one['seconds'] for one in r.values()) / 60
+    note = (f'{base["seeds"]} seeds where trained; {base["threads"]} CPU core, torch {base["torch"]}, {minutes:.0f} '
+            f'core-minutes in all; ± is one standard error: tokens clustered by file, and the spread over seeds.')
+    return f'{bases_table(r)}\n\n{note}'
 
 
 def ablations(r):

@@ -13,7 +13,7 @@ import torch
 from allocator import Skip, TopK, Watched, bisect, tail_ratios
 from run.evaluate import divergences
 
-LEVELS = 1, 0.875, 0.75, 0.625, 0.5     # of K: what the search of shares tries in every layer
+LEVELS = 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25   # of K: what the search of shares tries in every layer
 SEARCH_TOKENS = 8192
 FAMILIES = 'one beta', 'per layer', 'greedy'
 
@@ -31,7 +31,7 @@ class SkipFamilies:
         self.curves = {}                                   # of `greedy`, by the mean k it was searched around
 
     def policy(self, family, mean_k):
-        if family == 'one beta':
+        if family == 'one beta' or self.K == 1:                # K = 1 leaves nothing to skip
             together = self.tails.flatten(0, 1)[None]                       # (1,L*P,K-1)
             return Skip(betas_at(together, [mean_k])[0], self.K)
         shares = [mean_k] * self.L
@@ -40,10 +40,9 @@ class SkipFamilies:
         return Skip(betas_at(self.tails, shares), self.K)
 
     def greedy_shares(self, mean_k):
-        """The mean k of each layer, their mean being mean_k: what a greedy search with ever smaller steps
-        ends at.
+        """The mean k of each layer, on average mean_k: where a greedy search in ever smaller steps ends.
 
-        Then the next bit of an expert costs every layer the same: k_l(cost) is read off each layer's curve,
+        There the next bit of an expert costs every layer the same: k_l(cost) is read off each layer's curve,
         and one cost is found for all.
         """
         around = round(mean_k / self.K, 1) * self.K            # one search serves the knob's neighbourhood
@@ -82,8 +81,7 @@ def tails(model, inputs):
 
 
 def betas_at(ratios, mean_k):
-    """The beta of each layer with which Skip keeps mean_k[l] experts: ratios (L,P,K-1), mean_k [L] -> [L]
-    floats.
+    """The beta of each layer with which Skip keeps mean_k[l] experts: ratios (L,P,K-1), mean_k [L] -> [L].
 
     Skip keeps 1 + the number of ratios above beta, so beta is an order statistic. Example: 4 tokens of K = 2
     with ratios .9 .5 .3 .1 and mean_k 1.5: two of them must lie above beta -> .3.

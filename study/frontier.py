@@ -83,7 +83,7 @@ def frontier(a):
 
 
 def measure(study, budgets, n_seeds, methods=tuple(LOOKS)):
-    """What frontier.json holds: static k, and these methods at every budget. Written again after every row."""
+    """What frontier.json holds: static k, and `methods` at every budget; written again after every row."""
     s, K, start = study.s, study.K, time.time()
     k_max, seeds = min(2 * K, study.model.config.n_experts), range(s.seed, s.seed + n_seeds)
     kept = study.folder / 'frontier.json'

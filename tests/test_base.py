@@ -6,8 +6,9 @@ import torch
 import train
 from allocator import TopK
 from base.pretrain import balance_loss, learn_base, new_model, orthogonalise
-from base.text import Text, read_documents, split_documents
+from base.text import Text, docstrings_and_comments, read_documents, split_documents
 from conftest import refusal, tiny_config
+from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from run.evaluate import bits_per_byte, clustered_error, evaluate
 
@@ -89,3 +90,31 @@ def test_base_learnt_in_bf16_is_nearly_that_in_fp32():
         losses.append(evaluate(model, text.windows(32, 640), TopK(3))[0].mean().item())
     start = evaluate(new_model(config, 0), text.windows(32, 640), TopK(3))[0].mean().item()
     assert abs(losses[0] - losses[1]) < .05 * (start - losses[0]) and losses[0] < start - .3
+
+
+SOURCE = '''"""What it is."""
+import os  # for the paths
+
+def f(x):
+    """Of x,
+    in two lines."""
+    return 'not this', """nor this"""
+# the end
+'''
+
+
+def test_prose_is_docstrings_and_comments():
+    assert docstrings_and_comments(SOURCE) == 'What it is.\nfor the paths\nOf x,\n    in two lines.\nthe end'
+    assert docstrings_and_comments('# before\nx = (') == 'before'              # of a broken file what stands before
+
+
+def test_prose_documents_are_those_with_enough_of_it(tmp_path):
+    (tmp_path / 'much.py').write_text(f'# {"words and words " * 20}\nx = 1\n')
+    (tmp_path / 'little.py').write_text('# one\nx = 1\n')
+    (tmp_path / 'text.txt').write_text('a text stays as it is')
+    found = read_documents(str(tmp_path), 99, prose=True)
+    assert list(found) == ['much.py', 'text.txt'] and 'x = 1' not in found['much.py']
+    (tmp_path / 'text.txt').unlink()
+    (tmp_path / 'much.py').write_text('x = 1\n' * 99)
+    with pytest.raises(InputError, match='no docstrings or comments'):
+        read_documents(str(tmp_path), 99, prose=True)

@@ -59,7 +59,7 @@ def test_shares_are_equal_per_layer_and_cheapest_greedily(families):
     assert tally.mean_by_layer()[0] == pytest.approx(3, abs=0.02)
     shares = families.greedy_shares(3)
     assert np.mean(shares) == pytest.approx(3, abs=0.01) and all(2 <= k <= 4 for k in shares)
-    costs = [marginal_costs(points) for points in families.costs(3.2)]         # 0.8 K: tenths of K are searched
+    costs = [marginal_costs(points) for points in families.costs(3.2)]       # 0.8 K: tenths of K are searched
     at = [np.interp(k, of_k[::-1], of_cost[::-1]) for k, (of_cost, of_k) in zip(shares, costs)]
     assert np.ptp(at) < 0.01 * np.mean(at)  # the next bit of an expert costs every layer the same
 

@@ -10,6 +10,7 @@ import torch
 import bench
 import study.ablations
 import study.analysis
+import study.bases
 import study.frontier
 import study.study
 import train
@@ -271,3 +272,26 @@ def test_loads_count_experts_by_hand():
         and isinstance(loads, Counted)
         and loads.counts.tolist() == [[0, 0, 2]]
     )
+
+
+# ================================================================ three bases
+
+def test_bases_at_smoke_size(tmp_path, capsys):
+    study.bases.main(['tiny', 'prose', '--quick', '--out', str(tmp_path)])
+    results = json.loads((tmp_path / 'bases' / 'bases.json').read_text())
+    assert list(results) == ['tiny', 'prose'] and (tmp_path / 'bases' / 'bases.png').exists()
+    for base in results.values():
+        rows = study.bases.at_budget(base)
+        assert set(rows) >= set(study.bases.SHOWN)
+        free = min((rows[m] for m in TRAINING_FREE if m in rows), key=lambda r: r['delta'])
+        assert rows['Ada-K']['best_free']['method'] == free['method']
+    table = capsys.readouterr().out.splitlines()
+    assert '| 10⁻³ nats/token, minus Top-K | seeds | tiny | prose |' in table
+    before = (tmp_path / 'tiny/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns
+    study.bases.main(['tiny', '--quick', '--out', str(tmp_path)])               # goes on where it was
+    assert (tmp_path / 'tiny/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns == before
+
+
+def test_a_base_that_does_not_exist_is_refused(tmp_path, capsys):
+    line = refusal(capsys, 'study.bases', study.bases.main, 'tiny', 'huge', '--out', tmp_path)
+    assert 'huge: no such base' in line and not list(tmp_path.iterdir())
