@@ -42,10 +42,11 @@ def frontier(r):
 
 
 def bases(r):
-    base = r['tiny']
-    minutes = sum(one['seconds'] for one in r.values()) / 60
-    note = (f'{base["seeds"]} seeds where trained; {base["threads"]} CPU core, torch {base["torch"]}, {minutes:.0f} '
-            f'core-minutes in all; ± is one standard error: tokens clustered by file, and the spread over seeds.')
+    base, minutes = r['tiny'], sum(one['seconds'] for one in r.values()) / 60
+    note = (
+        f'{base["seeds"]} seeds where trained; one CPU core a base, torch {base["torch"]}, {minutes:.0f} '
+        f'core-minutes in all; ± is one standard error: tokens clustered by file, and the spread over seeds.'
+    )
     return f'{bases_table(r)}\n\n{note}'
 
 

@@ -105,7 +105,7 @@ def f(x):
 
 def test_prose_is_docstrings_and_comments():
     assert docstrings_and_comments(SOURCE) == 'What it is.\nfor the paths\nOf x,\n    in two lines.\nthe end'
-    assert docstrings_and_comments('# before\nx = (') == 'before'              # of a broken file what stands before
+    assert docstrings_and_comments('# before\nx = (') == 'before'      # of a broken file what stands before
 
 
 def test_prose_documents_are_those_with_enough_of_it(tmp_path):
