@@ -294,8 +294,8 @@ def train_ppo(s, model, allocators, price, text, log, probe=None, state=None):
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
     shape, facts = (len(c.moe_layers), s.group, s.ppo_batch, s.seq), {}
     if probe:
-        of_topk = evaluate(model, probe, TopK(c.top_k))[0]
-        at_start = evaluate(model, probe, AdaK(allocators))[0]
+        of_topk, _ = evaluate(model, probe, TopK(c.top_k))
+        at_start, counted = evaluate(model, probe, AdaK(allocators))
         facts = {'base_loss': of_topk.mean().item()}         # tells another base model or text by its numbers
     if s.resume:
         log += load_state(state, s, facts, allocators, optimizer, generator)
@@ -314,9 +314,11 @@ def train_ppo(s, model, allocators, price, text, log, probe=None, state=None):
             last = step == s.ppo_steps
             if probe and (last or step % max(1, s.ppo_steps // PROBES) == 0):
                 nats, tally = evaluate(model, probe, AdaK(allocators))
-                gain = (nats - at_start).numpy()
-                probed = {'delta': (nats - of_topk).mean().item(), 'gain': gain.mean().item(),
-                          'gain_se': clustered_error(gain, probe[2].flatten()), 'probe_k': tally.mean()}
+                change, more_k = (nats - at_start).numpy(), tally.mean() - counted.mean()
+                # what PPO minimises, against its start: the loss, and the price of the experts
+                gain = change.mean().item() + price * len(c.moe_layers) * more_k
+                probed = {'delta': (nats - of_topk).mean().item(), 'gain': gain,
+                          'gain_se': clustered_error(change, probe[2].flatten()), 'probe_k': tally.mean()}
                 row.update(probed)
             log.append(row)
             progress(step, step * s.group * s.ppo_batch * s.seq, loss=row['loss'], argmax_k=row['argmax_k'],

@@ -48,14 +48,14 @@ def save_figure(fig, path):
 
 
 def training_figure(path, log, top_k, target):
-    """Left: what PPO has gained since its start on a fixed probe, with one standard error. Right: mean k."""
+    """Left: the loss and price of experts that PPO has saved since its start, on a fixed probe. Right: mean k."""
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     probed = [row for row in log if 'gain' in row]
     steps = [row['step'] for row in probed]
     gain, error = ([0.0] + [1000 * row[name] for row in probed] for name in ('gain', 'gain_se'))
     low, high = ([g + sign * e for g, e in zip(gain, error)] for sign in (-1, 1))
     a.fill_between([0, *steps], low, high, color=SKY, alpha=0.4, linewidth=0, label='one standard error')
-    a.plot([0, *steps], gain, color=BLUE, marker='o', markersize=4, label='loss, most probable k')
+    a.plot([0, *steps], gain, color=BLUE, marker='o', markersize=4, label='loss + price of the experts')
     a.axhline(0, color='black', linewidth=0.8, linestyle=':')
     a.set(xlabel='PPO step', ylabel='minus the start (10⁻³ nats/token)', title='what PPO gains on a probe')
     a.legend(fontsize=8)
