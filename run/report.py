@@ -48,7 +48,7 @@ def save_figure(fig, path):
 
 
 def training_figure(path, log, top_k, target):
-    """Left: the loss and price of experts that PPO has saved since its start, on a fixed probe. Right: mean k."""
+    """Left: loss and price of experts that PPO saves against its start, on a fixed probe. Right: mean k."""
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     probed = [row for row in log if 'gain' in row]
     steps = [row['step'] for row in probed]
