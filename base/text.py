@@ -13,8 +13,7 @@ import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError
-from tokenize import generate_tokens as tokenize_python
+from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError, generate_tokens
 
 import numpy as np
 import torch
@@ -67,18 +66,28 @@ def read_documents(source, most, prose=False):
 
 def docstrings_and_comments(source):
     """The prose of Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
-    pieces, statement_starts = [], True
+    pieces = []
     try:
-        for t in tokenize_python(io.StringIO(source).readline):
+        for t, starts_statement in python_tokens(source):
             if t.type == COMMENT:
                 pieces.append(t.string.lstrip('#').strip())
-            elif t.type == STRING and statement_starts:
+            elif t.type == STRING and starts_statement:
                 pieces.append(str(ast.literal_eval(t.string)).strip())
-            if t.type not in (NL, COMMENT):
-                statement_starts = t.type in (NEWLINE, INDENT, DEDENT)
     except (TokenError, SyntaxError, ValueError):
         pass
     return '\n'.join(pieces)
+
+
+def python_tokens(source):
+    """(token, does it start a statement?) of the standard library's tokenizer, whose errors pass through.
+
+    A string that starts a statement is a docstring.
+    """
+    starts_statement = True
+    for t in generate_tokens(io.StringIO(source).readline):
+        yield t, starts_statement
+        if t.type not in (NL, COMMENT):
+            starts_statement = t.type in (NEWLINE, INDENT, DEDENT)
 
 
 def jsonl_documents(name, text):

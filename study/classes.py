@@ -1,5 +1,4 @@
 """study/classes.py: what kind of token is it? Classes of Python source and of prose, by character."""
-import io
 import itertools
 import keyword
 import re
@@ -9,7 +8,7 @@ import tokenize
 import numpy as np
 import torch
 
-from base.text import Text, read_documents, split_documents
+from base.text import Text, python_tokens, read_documents, split_documents
 
 SPACE = 'white space'
 PYTHON_CLASSES = ('identifier', 'keyword', 'number', 'operator, punctuation', 'string', 'comment, docstring',
@@ -31,27 +30,24 @@ def python_classes(text):
     classes = [SPACE] * len(text)
     lines = text.splitlines(True)
     starts = list(itertools.accumulate((len(line) for line in lines), initial=0))
-    statement_starts, end = True, 0
+    end = 0
     try:
-        for t in tokenize.generate_tokens(io.StringIO(text).readline):
-            name = tokenize.tok_name[t.type]
-            kind = python_class(t, name, statement_starts)
+        for t, starts_statement in python_tokens(text):
+            kind = python_class(t, tokenize.tok_name[t.type], starts_statement)
             if kind:
                 begin, end = (starts[line - 1] + column for line, column in (t.start, t.end))
                 classes[begin:end] = [kind] * (end - begin)
-            if name not in ('NL', 'COMMENT'):
-                statement_starts = name in ('NEWLINE', 'INDENT', 'DEDENT')
     except (tokenize.TokenError, SyntaxError, IndexError):
         classes[end:] = ['comment, docstring'] * (len(text) - end)
     return classes
 
 
-def python_class(token, name, statement_starts):
+def python_class(token, name, starts_statement):
     """The class of one token of the standard library's tokenizer, None for what is only layout."""
     if name == 'NAME':
         return 'keyword' if keyword.iskeyword(token.string) else 'identifier'
     if name == 'STRING':
-        return 'comment, docstring' if statement_starts else 'string'
+        return 'comment, docstring' if starts_statement else 'string'
     if name.startswith('FSTRING'):
         return 'string'
     return {'NUMBER': 'number', 'OP': 'operator, punctuation', 'COMMENT': 'comment, docstring'}.get(name)

@@ -4,7 +4,7 @@ table.
     python -m study.frontier out/tiny             50 minutes on two cores; a stopped one goes on where it was
     python -m study.frontier --ckpt olmoe-1b-7b   on real weights
 
-Every knob is set on the calibration split to the same mean k; every row is of the held-out split.
+Every knob is set on the training documents to the same mean k; every row is of the held-out split.
 """
 import functools
 import math
@@ -102,7 +102,7 @@ def measure(study, budgets, n_seeds, methods=tuple(LOOKS)):
         write_json(kept, results)
 
     def add_trained(method, budget, seeds, make):
-        """A row of allocators make(seed), their price dial set on the calibration split."""
+        """A row of allocators make(seed), their price dial set on the training documents."""
         measurements = []
         for seed in seeds:
             allocators = make(seed)
