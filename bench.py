@@ -2,7 +2,7 @@
 
     python bench.py                     all tables, three minutes on two cores -> out/bench.json
     python bench.py --device cuda       the same at the published sizes, bf16
-    python bench.py --run out/tiny      a trained run on its own held-out text -> out/tiny/bench.json
+    python bench.py --run out/deep      a trained run on its own held-out text -> out/deep/bench.json
     python bench.py --ckpt FOLDER       any checkpoint, with random allocators at 0.7 K
 
 Tables: *dispatch* (every path and transformers' own, where it is installed, on the same weights and ids),

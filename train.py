@@ -51,7 +51,7 @@ from scale.stream import Streamed
 @dataclass
 class Settings:
     """Every number of a run. FLAGS are set on the command line, the others by PRESETS, PAPER and studies."""
-    preset: str = 'tiny'            # tiny, deep, prose, gpu or smoke (default tiny)
+    preset: str = 'deep'            # deep, fine, prose, gpu or smoke (default deep)
     out: str = ''                   # run folder (default out/PRESET)
     ckpt: str = ''                # a base in the hub's format: folder or short name (default: learn OUT/base)
     data: str = ''                  # .txt, .jsonl, .py files (default: the standard library's sources)
@@ -72,12 +72,12 @@ class Settings:
     # text and base model
     documents: int = 10 ** 9        # at most so many documents
     n_vocab: int = 1024             # tokens of the byte-level BPE
-    n_layers: int = 4
-    dim: int = 128
+    n_layers: int = 16
+    dim: int = 64
     n_heads: int = 4
     n_kv_heads: int = 2
-    n_experts: int = 16
-    top_k: int = 4
+    n_experts: int = 8
+    top_k: int = 2
     expert_dim: int = 96
     base_steps: int = 1200
     base_batch: int = 16            # sequences
@@ -101,18 +101,19 @@ class Settings:
 FLAGS = ('preset', 'out', 'ckpt', 'data', 'budget', 'lam', 'paper', 'seed', 'device', 'stream', 'fresh',
          'resume', 'save_every', 'seq', 'ppo_steps', 'ppo_batch', 'discount', 'prose')
 PRESETS = {
-    'tiny': {},
+    # Mixtral in small: top-2 of 8 and many layers
+    'deep': {},
+    # twice as many experts, half as large, and as many as Qwen1.5-MoE runs
+    'fine': dict(n_layers=4, dim=128, n_experts=16, top_k=4),
     # for one H100, not run yet: 0.45B parameters, 0.1B active, on the text of the whole Python installation
     'gpu': dict(
         device='cuda', bf16=True, data=sysconfig.get_paths()['stdlib'], n_vocab=4096, seq=512, n_layers=8,
         dim=1024, n_heads=16, n_kv_heads=4, n_experts=64, top_k=8, expert_dim=256, base_steps=5000,
         base_batch=64, ppo_steps=1500, ppo_batch=64, calibration_tokens=2 ** 17, heldout_tokens=2 ** 20),
-    # Mixtral in small: top-2 of 8 and many layers
-    'deep': dict(n_layers=16, dim=64, n_experts=8, top_k=2, expert_dim=96),
     # English instead of code: the docstrings and comments of the standard library
-    'prose': dict(prose=True, n_experts=8, top_k=2, expert_dim=192),
+    'prose': dict(prose=True, n_layers=4, dim=128, expert_dim=192),
     'smoke': dict(
-        n_vocab=320, seq=64, documents=60, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, n_experts=8,
+        n_vocab=320, seq=64, documents=60, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, top_k=4,
         expert_dim=16, base_steps=30, base_batch=8, warm_steps=10, ppo_steps=12, calibration_tokens=4096,
         heldout_tokens=4096)}
 # the published settings; the clip range and mini-batches are not published, so ours stay
@@ -137,7 +138,7 @@ def parse(argv, doc=__doc__):
         if field.name in FLAGS:
             p.add_argument('--' + field.name.replace('_', '-'), help=help_of[field.name], **how)
     given = vars(p.parse_args(argv))
-    preset = given.get('preset', 'tiny')
+    preset = given.get('preset', 'deep')
     if preset not in PRESETS:
         raise InputError(f'--preset {preset}: use one of {", ".join(PRESETS)}')
     if {'budget', 'lam'} <= set(given):

@@ -19,6 +19,7 @@ from study.ablations import ablation_table  # noqa: E402
 from study.analysis import findings  # noqa: E402
 from study.bases import bases_table  # noqa: E402
 from study.frontier import frontier_table  # noqa: E402
+from study.published import published_table  # noqa: E402
 
 DOCUMENTS = 'README.md', 'study/README.md', 'scale/README.md', 'hub/README.md', 'assets/bench.md'
 
@@ -42,12 +43,16 @@ def frontier(r):
 
 
 def bases(r):
-    base, minutes = r['tiny'], sum(one['seconds'] for one in r.values()) / 60
+    base, minutes = r['deep'], sum(one['seconds'] for one in r.values()) / 60
     note = (
         f'{base["seeds"]} seeds where trained; one CPU core a base, torch {base["torch"]}, {minutes:.0f} '
         f'core-minutes in all; ± is one standard error: tokens clustered by file, and the spread over seeds.'
     )
     return f'{bases_table(r)}\n\n{note}'
+
+
+def published(r):
+    return published_table(r)
 
 
 def ablations(r):

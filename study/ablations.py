@@ -1,7 +1,7 @@
 """study/ablations.py: one change of the recipe at a time, few PPO steps, one seed ->
 RUN/ablations/ablations.json.
 
-    python -m study.ablations out/tiny        ten minutes on two cores; a stopped one goes on where it was
+    python -m study.ablations out/deep        ten minutes on two cores; a stopped one goes on where it was
 """
 import time
 

@@ -1,7 +1,7 @@
 """study/analysis.py: where the trained allocators spend experts on held-out text ->
 RUN/analysis/analysis.json, .png.
 
-    python -m study.analysis out/tiny        the findings, each published claim with whether it holds here
+    python -m study.analysis out/deep        the findings, each published claim with whether it holds here
 """
 import numpy as np
 import torch

@@ -2,10 +2,10 @@
 table.
 
     python -m study.bases              three bases, every policy at 0.75 K; a stopped one goes on where it was
-    python -m study.bases tiny prose      some of them
+    python -m study.bases deep prose      some of them
 
-    tiny     the default: top-4 of 16, 4 layers, the sources of Python's standard library
-    deep     Mixtral in small: top-2 of 8, 16 layers, the same text
+    deep     the default, Mixtral in small: top-2 of 8, 16 layers, the sources of Python's standard library
+    fine     finer experts: top-4 of 16, 4 layers, the same text
     prose    top-2 of 8, 4 layers, English: the docstrings and comments of these sources
 
 Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/frontier.
@@ -21,7 +21,7 @@ from study.frontier import LOOKS, SKIPPING, TRAINING_FREE, measure
 from study.study import BUDGETS, study_at
 from train import PRESETS, Settings
 
-BASES = 'tiny', 'deep', 'prose'
+BASES = 'deep', 'fine', 'prose'
 SHOWN = 'random mix', 'Top-P', *SKIPPING, 'published recipe, dialled', 'learnt without RL', 'Ada-K'
 
 

@@ -1,7 +1,7 @@
 """study/frontier.py: every policy at every budget on one frozen base -> RUN/frontier/frontier.json, .png, the
 table.
 
-    python -m study.frontier out/tiny             50 minutes on two cores; a stopped one goes on where it was
+    python -m study.frontier out/deep             50 minutes on two cores; a stopped one goes on where it was
     python -m study.frontier --ckpt olmoe-1b-7b   on real weights
 
 Every knob is set on the training documents to the same mean k; every row is of the held-out split.
@@ -21,7 +21,7 @@ from model import Transformer
 from run.console import one_line_errors
 from run.evaluate import clustered_error, evaluate
 from run.report import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, markdown, save_figure
-from run.rules import FAMILIES
+from run.rules import FAMILIES, worth_of_an_expert
 from study.policies import EntropyBands, PerLayer
 from study.study import BUDGETS, open_study, parse
 from train import PAPER
@@ -76,7 +76,8 @@ def frontier(a):
     """Measure what is not there yet, then print the table and draw the figure."""
     study = open_study(a, 'frontier')
     adopt(study, a.run)
-    results = measure(study, BUDGETS[1::2] if a.quick else BUDGETS, 1 if a.quick else 3)
+    budgets = [b for b in BUDGETS if b * study.K > 1]          # with one expert left all policies are one
+    results = measure(study, budgets[1::2] if a.quick else budgets, 1 if a.quick else 3)
     print(frontier_table(results['rows']))
     frontier_figure(study.folder / 'frontier.png', results['rows'])
     print(f'{results["seconds"]:.0f} s in all; wrote frontier.json and frontier.png in {study.folder}')
@@ -167,14 +168,13 @@ def add_lead(study, rows, paired, budget):
     """Adds to the Ada-K row of a budget its paired differences: to the best free row, and to no RL.
 
     Mean k is set on other text, so it differs a little between rows; the difference is corrected to equal
-    mean k by the slope of the static-k curve there: an Ada-K that ran more experts is charged for them.
+    mean k by what an expert buys the rules there (run/rules.py): an Ada-K that ran more is charged for them.
     """
     here = {r['method']: i for i, r in enumerate(rows) if abs(r['budget'] - budget) < 1e-9}
     free = min((here[method] for method in TRAINING_FREE if method in here), key=lambda i: rows[i]['delta'])
-    static = {round(r['mean_k']): r['delta'] for r in rows if r['method'] == 'static k'}
-    below = min(math.floor(budget * study.K), study.K - 1)
-    slope = static[below + 1] - static[below]                  # nats per expert, below 0
+    worth = worth_of_an_expert(study.families, budget * study.K) * study.L      # nats per unit of mean k
     ada = here['Ada-K']
+    rows[ada]['worth'] = worth
     for name, other in (('best_free', free), ('no_rl', here.get('learnt without RL'))):
         if other is None:
             continue
@@ -183,7 +183,7 @@ def add_lead(study, rows, paired, budget):
         more = rows[ada]['mean_k'] - rows[other]['mean_k']
         rows[ada][name] = {
             'method': rows[other]['method'], 'difference': difference.mean(),
-            'at_equal_k': difference.mean() - slope * more,
+            'at_equal_k': difference.mean() + worth * more,
             'se': math.hypot(clustered_error(difference, study.windows[2].flatten()), seeds)}
 
 

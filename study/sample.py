@@ -1,6 +1,6 @@
 """study/sample.py: text under a chosen policy, as it comes; then its speed and mean k.
 
-    python -m study.sample --run out/tiny --prompt "def main(" --show        by the allocators, coloured by k
+    python -m study.sample --run out/deep --prompt "def main(" --show        by the allocators, coloured by k
     python -m study.sample --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"   any static k, no training needed
 """
 import time

@@ -138,7 +138,7 @@ def parse(argv, doc):
 
 def open_study(a, name):
     """The Study called `name` of a.run or a.ckpt."""
-    s = settings_of(a, **PRESETS['smoke' if a.quick else 'tiny'])
+    s = settings_of(a, **PRESETS['smoke' if a.quick else 'deep'])
     return study_at(s, Path(a.run or open_out(a.out or f'out/{Path(a.ckpt).name}')), name, a.quick)
 
 

@@ -1,7 +1,7 @@
 """study/tasks.py: tasks of EleutherAI's lm-evaluation-harness under Top-K and, beside it, a run's allocators.
 
     python -m study.tasks arc_challenge,hellaswag --ckpt mixtral-8x7b --run out/mixtral-8x7b
-    python -m study.tasks my_task.yaml --run out/tiny --limit 100
+    python -m study.tasks my_task.yaml --run out/deep --limit 100
 
 Needs `pip install lm-eval`. Everything goes to tasks.json in the run folder, written again after every task.
 """

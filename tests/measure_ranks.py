@@ -3,7 +3,7 @@ of each rank.
 
     python tests/measure_ranks.py [BASE]     four minutes on two cores -> assets/ranks.json
 
-BASE (default out/tiny/base) is a base model.
+BASE (default out/deep/base) is a base model.
 
 Memory is that of a process that loads a synthetic checkpoint of 4.4 GB in bf16 and runs two passes of 64
 tokens, less that of a process that has only imported everything.
@@ -102,7 +102,7 @@ def main(base, folder):
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--child']:
         sys.exit(child(*sys.argv[2:] or [None]))
-    base = Path(sys.argv[1] if sys.argv[1:] else ROOT / 'out/tiny/base').resolve()
+    base = Path(sys.argv[1] if sys.argv[1:] else ROOT / 'out/deep/base').resolve()
     if not base.is_dir():
         sys.exit(f'{base} is not there; python train.py learns it')
     with tempfile.TemporaryDirectory() as temporary:

@@ -23,7 +23,7 @@ FLOORS = [
     ['train'],
     ['bench'],
     ['scale.plan', 'study.policies', 'study.study', 'study.passage', 'study.classes', 'study.frontier',
-     'study.bases', 'study.ablations', 'study.analysis', 'study.sample', 'study.scores', 'study.tasks']]
+     'study.bases', 'study.published', 'study.ablations', 'study.analysis', 'study.sample', 'study.scores', 'study.tasks']]
 # what the files that are read aloud may lean on, no more
 ALLOWED = {
     'moe_dispatch': set(),

@@ -12,6 +12,7 @@ import study.ablations
 import study.analysis
 import study.bases
 import study.frontier
+import study.published
 import study.study
 import train
 from allocator import AdaK, Allocators, Counted, TopK
@@ -140,9 +141,8 @@ def test_frontier_has_every_row_and_adds_up(studied):
     )
     assert ada['best_free']['method'] == best['method']
     assert ada['best_free']['difference'] == pytest.approx(ada['delta'] - best['delta'], abs=1e-9)
-    slope = rows['static k', 1.0]['delta'] - rows['static k', .75]['delta']  # from k = 3 to k = 4
     assert ada['best_free']['at_equal_k'] == pytest.approx(
-        ada['delta'] - best['delta'] - slope * (ada['mean_k'] - best['mean_k']), abs=1e-9
+        ada['delta'] - best['delta'] + ada['worth'] * (ada['mean_k'] - best['mean_k']), abs=1e-9
     )
     assert rows['oracle (hindsight)', 0.75]['delta'] <= min(
         rows['static k', k / 4]['delta'] for k in (1, 2, 3)
@@ -156,6 +156,17 @@ def test_a_second_run_reuses_every_row(studied, monkeypatch, capsys):
     study.frontier.main([str(studied), '--quick'])
     assert json.loads((studied / 'frontier' / 'frontier.json').read_text())['rows'] == before
     assert '| Ada-K |' in capsys.readouterr().out
+
+
+def test_the_published_length_beside_ours_and_a_second_start_measures_nothing(studied, monkeypatch, capsys):
+    study.published.main([str(studied), '--quick'])
+    rows = json.loads((studied / 'published' / 'published.json').read_text())['rows']
+    assert [r['steps'] for r in rows] == [12, 12, 8]
+    assert [r['tokens'] for r in rows] == [12 * 16 * 4 * 64, 12 * 16 * 64, 8 * 4 * 64]     # steps x B x G x T
+    capsys.readouterr()
+    monkeypatch.setattr(study.study, 'evaluate', None)         # a call would fail
+    study.published.main([str(studied), '--quick'])
+    assert '| published recipe, published length | 8 |' in capsys.readouterr().out
 
 
 def test_another_base_is_not_mixed_in(studied, tmp_path, capsys):
@@ -277,21 +288,21 @@ def test_loads_count_experts_by_hand():
 # ================================================================ three bases
 
 def test_bases_at_smoke_size(tmp_path, capsys):
-    study.bases.main(['tiny', 'prose', '--quick', '--out', str(tmp_path)])
+    study.bases.main(['fine', 'prose', '--quick', '--out', str(tmp_path)])
     results = json.loads((tmp_path / 'bases' / 'bases.json').read_text())
-    assert list(results) == ['tiny', 'prose'] and (tmp_path / 'bases' / 'bases.png').exists()
+    assert list(results) == ['fine', 'prose'] and (tmp_path / 'bases' / 'bases.png').exists()
     for base in results.values():
         rows = study.bases.at_budget(base)
         assert set(rows) >= set(study.bases.SHOWN)
         free = min((rows[m] for m in TRAINING_FREE if m in rows), key=lambda r: r['delta'])
         assert rows['Ada-K']['best_free']['method'] == free['method']
     table = capsys.readouterr().out.splitlines()
-    assert '| 10⁻³ nats/token, minus Top-K | seeds | tiny | prose |' in table
-    before = (tmp_path / 'tiny/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns
-    study.bases.main(['tiny', '--quick', '--out', str(tmp_path)])               # goes on where it was
-    assert (tmp_path / 'tiny/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns == before
+    assert '| 10⁻³ nats/token, minus Top-K | seeds | fine | prose |' in table
+    before = (tmp_path / 'fine/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns
+    study.bases.main(['fine', '--quick', '--out', str(tmp_path)])               # goes on where it was
+    assert (tmp_path / 'fine/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns == before
 
 
 def test_a_base_that_does_not_exist_is_refused(tmp_path, capsys):
-    line = refusal(capsys, 'study.bases', study.bases.main, 'tiny', 'huge', '--out', tmp_path)
+    line = refusal(capsys, 'study.bases', study.bases.main, 'fine', 'huge', '--out', tmp_path)
     assert 'huge: no such base' in line and not list(tmp_path.iterdir())
