@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub.safetensors import InputError, read_safetensors, write_safetensors
+from hub.safetensors import InputError, read_noted, write_safetensors
 
 
 # ================================================================ rules without training
@@ -144,16 +144,14 @@ class Allocators(nn.Module):
     @classmethod
     def load(cls, path, config):
         """The allocators in a file; InputError if it is damaged or was trained for another base model."""
-        try:
-            tensors, metadata = read_safetensors(path)
-        except OSError as e:
-            raise InputError(f'{path}: {e.strerror or e}') from None
-        if 'allocators' not in metadata:
-            raise InputError(f'{path}: not an allocator file of this project')
-        shape = json.loads(metadata['allocators'])
-        allocators = cls(config, shape['k_max'], shape['extended'])
+        tensors, shape = read_noted(path, 'allocators')
+        k_max, extended, base = (shape.get(name) for name in ('k_max', 'extended', 'base'))
+        if type(k_max) is not int or k_max < 1 or type(extended) is not bool or type(base) is not dict:
+            raise InputError(f'{path}: k_max {k_max}, extended {extended}, base {base} in its header make no '
+                             f'sense; train it again')
+        allocators = cls(config, min(k_max, config.n_experts), extended)
         for name, ours in allocators.fingerprint.items():
-            theirs = shape['base'].get(name)
+            theirs = base.get(name)
             if ours != theirs:
                 raise InputError(f'{path}: trained for a base model with {name} {theirs}, '
                                  f'this one has {ours}')

@@ -33,15 +33,15 @@ import torch
 import ppo
 from allocator import AdaK, RandomMix, Rollout, TopK, TopP
 from base.frozen import base_model
-from hub.files import InputError, read_json, write_json
+from hub.files import InputError, checked, read_object, write_json
 from moe_dispatch import flops
-from run.console import OneLineParser, Progress, default_device, one_line_errors, open_device, open_out
+from run.console import OneLineParser, Progress, default_device, one_line_errors, open_device
 from run.evaluate import bits_per_byte, calibrate, clustered_error, evaluate
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import layers_figure, table, training_figure, write_log
 from run.rules import SkipFamilies, best_family
 from run.start import new_allocators
-from run.state import Interrupt, load_state, save_state
+from run.state import Interrupt, load_state, open_run, save_state
 from scale.memory import LOGITS, PASS_TOKENS
 from scale.stream import Streamed
 
@@ -170,9 +170,9 @@ def check_settings(s):
             (s.stream and not s.ckpt, '--stream needs --ckpt: a base that is learnt here is in memory')):
         if wrong:
             raise InputError(line)
-    for name in ('seq', 'ppo_steps', 'ppo_batch', 'save_every'):
-        if getattr(s, name) < 1:
-            raise InputError(f'--{name.replace("_", "-")} {getattr(s, name)}: must be 1 or more')
+    for field in fields(s):
+        if field.type is int and field.name != 'seed' and getattr(s, field.name) < 1:
+            raise InputError(f'--{field.name.replace("_", "-")} {getattr(s, field.name)}: must be 1 or more')
     if not s.ckpt:
         check_budget(s, s.top_k)
 
@@ -186,16 +186,23 @@ def check_budget(s, top_k):
 
 def run_settings(run):
     """The Settings of a finished run whose base is there; InputError if it is not, or of another version."""
-    results = read_json(Path(run) / 'results.json')
-    config, names = results.get('config', {}), {field.name for field in fields(Settings)}
-    if set(config) != names:
-        odd = min(names ^ set(config))
-        raise InputError(f'{run}/results.json: written by another version of train.py (setting {odd}); '
+    path = Path(run) / 'results.json'
+    config = checked(read_object(path), 'config', path, dict)
+    if odd := {field.name for field in fields(Settings)} ^ set(config):
+        raise InputError(f'{path}: written by another version of train.py (setting {min(odd)}); '
                          f'train it again')
+    for field in fields(Settings):
+        kind = [float, None] if field.name == 'lam' else [field.type]
+        checked(config, field.name, path, *kind)
     if not config['ckpt'] and not (Path(run) / 'base' / 'recipe.json').exists():
         raise InputError(f'{run}: the run is not complete, its base model is missing; '
                          f'run train.py --out {run} again')
-    return Settings(**{**config, 'fresh': False, 'resume': False})          # how it was started is over
+    s = Settings(**{**config, 'fresh': False, 'resume': False})            # how it was started is over
+    try:
+        check_settings(s)
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from None
+    return s
 
 
 def settings_of(a, finished=True, **others):
@@ -369,10 +376,7 @@ def main(argv=None):
     join(s.device)
     rank, size = ranks()
     check_ranks(s)
-    out = open_out(s.out)
-    for part in out.glob('*.new') if rank == 0 else []:        # what a killed run had begun to write
-        if part.is_file():
-            part.unlink()
+    out = open_run(s.out)
     torch.manual_seed(s.seed)
     seconds, clock = {}, time.time()
 
@@ -419,6 +423,7 @@ def main(argv=None):
     write_log(out / 'log.csv', log)
     rows = compare(s, model, allocators, families, dial, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
+    documents = len(set(windows[2].flat))
     bpb = bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer)
     lap('evaluation')
 
@@ -426,14 +431,17 @@ def main(argv=None):
     peak_gb = max(gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))       # kB on Linux
     if rank:
         return
-    print(table(rows))
-    print(f'base model: {bpb:.3f} bits per byte on held-out text')
     write_json(out / 'results.json', {
         'run': out.name, 'seed': s.seed, 'config': asdict(s), 'seconds': seconds, 'peak_gb': peak_gb,
-        'ranks': size, 'bits_per_byte': bpb, 'allocator_params': allocators.n_params(), 'rows': rows})
+        'ranks': size, 'bits_per_byte': bpb, 'documents': documents,
+        'allocator_params': allocators.n_params(), 'rows': rows})
     state.unlink()                                             # the run is complete
     training_figure(out / 'training.png', log, c.top_k, s.budget * c.top_k if s.lam is None else None)
     layers_figure(out / 'layers.png', rows)
+    print(table(rows))
+    print(f'base model: {bpb:.3f} bits per byte on held-out text')
+    if documents == 1:
+        print('the held-out text is one document: errors are over equal parts of it')
     print(f'{sum(seconds.values()):.0f} s, {peak_gb:.1f} GB{" on each rank" * (size > 1)}; '
           f'wrote {", ".join(sorted(p.name for p in out.iterdir()))} in {out}')
 

@@ -5,11 +5,12 @@ import time
 
 import torch
 
-from base.pretrain import base_recipe, learn_base
-from base.text import learn_bpe, read_documents, split_documents, tokenize, tokenizer_json
-from hub.checkpoint import find_checkpoint, fingerprint, hub_tensors, load, save
-from hub.config import read_config, to_hf, weight_dtype
-from hub.files import InputError, read_json, write_json
+from base.pretrain import RECIPE, base_recipe, learn_base
+from base.documents import read_documents, split_documents
+from base.text import learn_bpe, tokenize, tokenizer_json
+from hub.checkpoint import find_checkpoint, fingerprint, hub_tensors, load, save, weight_dtype
+from hub.config import read_config, to_hf
+from hub.files import InputError, read_object, write_json
 from hub.tokenizer import Tokenizer
 from model import Config
 from run.console import Progress
@@ -19,6 +20,8 @@ from scale.shard import shard
 from scale.stream import stream
 
 BPE_CHARACTERS = 2 ** 24        # are enough to learn merges from
+BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'recipe.json'}
+RECIPE_FACTS = {'text', *RECIPE}
 
 
 def base_model(s, out):
@@ -31,16 +34,20 @@ def base_model(s, out):
     parts, recipe = split_documents(documents), base_recipe(s, documents)
     folder = base_folder(s, out)
     learn = not s.ckpt and (s.fresh or not is_there(folder, recipe))
+    if learn and folder.exists():
+        check_ours(folder)
     place = begin_base(folder, s, parts) if learn else folder
     tokenizer = Tokenizer(place)
-    names = 'train', 'calibration', 'held-out'
-    texts = [tokenize(part, tokenizer, s.seq, name) for part, name in zip(parts, names)]
+    sizes = {'train': max(s.ppo_batch, s.base_batch * learn), 'calibration': 0, 'held-out': 0}
+    texts = [tokenize(part, tokenizer, s.seq, name, B) for part, (name, B) in zip(parts, sizes.items())]
     if learn:
         finish_base(place, folder, s, texts[0], recipe)
     if ranks()[1] > 1:
         same_everywhere(f'the checkpoint {folder}', fingerprint(folder))
         same_everywhere('the text of --data', recipe['text'])
     model = load_model(s, folder, learns=True)
+    if s.seq > model.config.max_len:
+        raise InputError(f'--seq {s.seq}: the model in {folder} reads at most {model.config.max_len} tokens')
     largest = max(int(text.tokens.max()) for text in texts)
     if largest >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
@@ -58,7 +65,7 @@ def is_there(folder, recipe):
     """Has this base been learnt already? InputError if another one has."""
     if not (folder / 'recipe.json').exists():
         return False
-    old = read_json(folder / 'recipe.json')
+    old = read_object(folder / 'recipe.json')
     for name in recipe:
         if old.get(name) != recipe[name]:
             raise InputError(f'{folder} was learnt with another {name}: '
@@ -67,13 +74,23 @@ def is_there(folder, recipe):
     return True
 
 
+def check_ours(folder):
+    """InputError unless a base that is to be replaced was made here, and holds nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    if 'recipe.json' not in names or not RECIPE_FACTS <= read_object(folder / 'recipe.json').keys():
+        raise InputError(f'{folder} was not made by this program (no recipe.json of its own): '
+                         f'choose another --out')
+    if others := sorted(names - BASE_FILES):
+        raise InputError(f'{folder} holds {others[0]}, which this program did not make: move it away, '
+                         f'or choose another --out')
+
+
 def begin_base(folder, s, parts):
     """A new folder beside `folder` with config and tokenizer of a base to learn, the latter from parts[0]."""
     if ranks()[1] > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
-    start, new = time.time(), folder.with_name('base.new')
-    shutil.rmtree(new, ignore_errors=True)
+    start, new = time.time(), folder.with_name(f'{folder.name}.{os.getpid()}.new')
     new.mkdir()
     every = 1 + sum(map(len, parts[0])) // BPE_CHARACTERS
     merges = learn_bpe(parts[0][::every], s.n_vocab - 1)
@@ -81,7 +98,7 @@ def begin_base(folder, s, parts):
     config = Config(
         n_vocab=n_vocab, dim=s.dim, n_layers=s.n_layers, n_heads=s.n_heads, n_kv_heads=s.n_kv_heads,
         head_dim=s.dim // s.n_heads, n_experts=s.n_experts, top_k=s.top_k, expert_dim=s.expert_dim,
-        eos=n_vocab - 1)
+        eos=n_vocab - 1, max_len=max(s.seq, Config.max_len))
     write_json(new / 'tokenizer.json', tokenizer_json(merges))
     write_json(new / 'config.json', to_hf(config))
     documents = [text for part in parts for text in part]

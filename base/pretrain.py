@@ -1,10 +1,9 @@
 """base/pretrain.py: a small Mixtral from scratch: Muon for matrices, AdamW for the rest, balanced experts."""
-import hashlib
-
 import torch
 import torch.nn.functional as F
 
 from allocator import TopK, Watched
+from base.documents import digest_of
 from model import Transformer
 from run.console import Progress
 
@@ -99,7 +98,4 @@ def learn_base(s, config, text):
 
 def base_recipe(s, documents):
     """What a base model depends on: settings, and a digest of the text."""
-    digest = hashlib.sha256()
-    for name in sorted(documents):
-        digest.update(f'{name}\0{documents[name]}\0'.encode())
-    return {'text': digest.hexdigest(), **{name: getattr(s, name) for name in RECIPE}}
+    return {'text': digest_of(documents), **{name: getattr(s, name) for name in RECIPE}}

@@ -1,128 +1,16 @@
-"""base/text.py: from files to windows of tokens: documents, splits, a byte-pair encoding of our own.
+"""base/text.py: from documents to windows of tokens, and a byte-pair encoding of our own.
 
-Documents are split by a hash of their names into three parts: train, calibration (knobs are set on it) and
-held-out (every reported number is of it). A part is one stream of tokens, cut into windows of T.
+A split of the text is one stream of tokens, cut into windows of T.
 """
-import ast
 import collections
-import hashlib
-import io
-import itertools
-import json
 import re
-import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
-from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError, generate_tokens
 
 import numpy as np
 import torch
 
 from hub.files import InputError
-from hub.tokenizer import byte_characters
-
-
-# ================================================================ documents and their splits
-
-# not in the default text; pydoc_data is one generated page, as long as all other files of a split together
-LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__', 'pydoc_data'}
-PIECE = 65536           # characters
-LEAST_PROSE = 200       # characters of a document of prose
-
-
-def read_documents(source, most, prose=False):
-    """{name: text} of a file or a folder of .txt, .jsonl and .py files, at most so many.
-
-    source '' is the standard library without its tests. prose: of .py files the docstrings and comments,
-    where there are LEAST_PROSE characters of them. InputError names what cannot be read, or is no text.
-    """
-    root = Path(source or sysconfig.get_paths()['stdlib'])
-    if not root.exists():
-        raise InputError(f'--data {source}: no such file or folder')
-    kinds, left_out = (('.txt', '.jsonl', '.py'), set()) if source else (('.py',), LEFT_OUT)
-    paths = [root]
-    if root.is_dir():
-        paths = sorted(p for p in root.rglob('*') if p.suffix in kinds and p.is_file()
-                       and not left_out & set(p.relative_to(root).parts))
-    documents = {}
-    for path in paths:
-        name = path.relative_to(root).as_posix() if path != root else path.name
-        try:
-            text = path.read_text(encoding='utf-8', errors='replace')
-        except OSError as e:
-            raise InputError(f'--data {path}: {e.strerror}') from None
-        if path.suffix == '.jsonl':
-            documents.update(jsonl_documents(name, text))
-        elif path.suffix != '.py' or not prose:
-            documents[name] = text
-        elif len(written := docstrings_and_comments(text)) >= LEAST_PROSE:
-            documents[name] = written
-    if prose and not documents:
-        raise InputError(f'--prose: no docstrings or comments in the .py files of {root}')
-    if not any(text.strip() for text in documents.values()):
-        raise InputError(f'--data {root}: no text in .txt, .jsonl or .py files there')
-    return dict(itertools.islice(documents.items(), most))
-
-
-def docstrings_and_comments(source):
-    """The prose of Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
-    pieces = []
-    try:
-        for t, starts_statement in python_tokens(source):
-            if t.type == COMMENT:
-                pieces.append(t.string.lstrip('#').strip())
-            elif t.type == STRING and starts_statement:
-                pieces.append(str(ast.literal_eval(t.string)).strip())
-    except (TokenError, SyntaxError, ValueError):
-        pass
-    return '\n'.join(pieces)
-
-
-def python_tokens(source):
-    """(token, does it start a statement?) of the standard library's tokenizer, whose errors pass through.
-
-    A string that starts a statement is a docstring.
-    """
-    starts_statement = True
-    for t in generate_tokens(io.StringIO(source).readline):
-        yield t, starts_statement
-        if t.type not in (NL, COMMENT):
-            starts_statement = t.type in (NEWLINE, INDENT, DEDENT)
-
-
-def jsonl_documents(name, text):
-    """{name:line: text} of a .jsonl file: objects with a `text`, or with `messages` of role and content."""
-    documents = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if 'text' in row:
-                document = row['text']
-            else:
-                document = '\n\n'.join(f'{m["role"]}: {m["content"]}' for m in row['messages'])
-            if not isinstance(document, str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise InputError(f'--data {name}:{number}: no JSON object with a `text` '
-                             f'or with `messages`') from None
-        documents[f'{name}:{number}'] = document
-    return documents
-
-
-def split_documents(documents):
-    """[train, calibration, held-out], lists of texts: 80, 10, 10 % of the documents by a hash of their names.
-
-    A few documents are cut into pieces of 64 KiB first, so that one long file can be split too.
-    """
-    if len(documents) < 20:
-        documents = {f'{name}:{at}': text[at:at + PIECE]
-                     for name, text in documents.items() for at in range(0, len(text), PIECE)}
-    ranked = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())
-    tenth = max(1, len(ranked) // 10)
-    parts = ranked[2 * tenth:], ranked[:tenth], ranked[tenth:2 * tenth]
-    return [[documents[name] for name in part] for part in parts]
+from hub.pipeline import byte_characters
 
 
 # ================================================================ a stream of tokens
@@ -138,7 +26,7 @@ class Text:
         n = (len(self.tokens) - 1) // T
         chosen = np.arange(n)
         if limit is not None and n * T > limit:
-            chosen = np.linspace(0, n - 1, limit // T).astype(int)
+            chosen = np.linspace(0, n - 1, max(1, limit // T)).astype(int)
         at = torch.from_numpy(chosen)[:, None] * T + torch.arange(T)                        # (n,T)
         return self.tokens[at], self.tokens[at + 1], self.document[at + 1]
 
@@ -153,13 +41,19 @@ class Text:
                     yield self.tokens[at], self.tokens[at + 1]
 
 
-def tokenize(texts, tokenizer, T, name):
-    """A Text of the documents. InputError if there are not T + 1 tokens for one sequence."""
+def tokenize(texts, tokenizer, T, name, B=0):
+    """A Text of the documents. InputError where there are too few tokens for one sequence, or one batch of B.
+
+    A batch begins at an offset of up to T - 1 tokens.
+    """
     ids = [tokenizer.document(text) for text in texts]
-    tokens = torch.tensor([i for document in ids for i in document])
+    tokens = torch.tensor([i for document in ids for i in document], dtype=torch.long)
     if len(tokens) <= T:
         raise InputError(f'--data: the {name} split has {len(tokens)} tokens, '
                          f'too short for one sequence of {T + 1}')
+    if len(tokens) < (B + 1) * T:
+        raise InputError(f'--data: the {name} split has {len(tokens) // T - 1} sequences of {T} tokens, '
+                         f'a batch needs {B}: give more text, a shorter --seq or a smaller --ppo-batch')
     return Text(tokens, np.repeat(np.arange(len(ids)), [len(document) for document in ids]))
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from hub.config import read_config, to_hf
-from hub.files import InputError, read_json, write_json
-from hub.safetensors import read_ahead, read_header, read_into, write_safetensors
+from hub.files import InputError, read_json, read_object, write_json
+from hub.safetensors import read_ahead, read_header, read_into, read_safetensors, write_safetensors
 from model import Transformer
 
+HEAD = 'lm_head.weight'
 # short name: (the hub's id, size in GB)
 CHECKPOINTS = {
     'mixtral-8x7b': ('mistralai/Mixtral-8x7B-v0.1', 93),
@@ -28,8 +29,9 @@ CHECKPOINTS = {
 # ---------------------------------------------------------------- where a checkpoint is
 
 def find_checkpoint(name, config_only=False):
-    """The folder of --ckpt: itself, checkpoints/NAME, or the newest snapshot in the Hugging Face cache.
+    """The folder of --ckpt: itself, checkpoints/NAME, or a snapshot in the Hugging Face cache.
 
+    Of several the first that is complete; of snapshots the one that refs/main names, then the newest.
     InputError says how to get what is not there; `config_only`: its config.json is all that is wanted.
     """
     if Path(name).is_dir():
@@ -37,19 +39,40 @@ def find_checkpoint(name, config_only=False):
     if name not in CHECKPOINTS:
         raise InputError(f'--ckpt {name}: no such folder, and not one of {", ".join(CHECKPOINTS)}')
     hub_id, size = CHECKPOINTS[name]
-    home = os.environ.get('HF_HOME') or Path.home() / '.cache' / 'huggingface'
-    cache = Path(os.environ.get('HF_HUB_CACHE') or Path(home) / 'hub')
-    here = Path('checkpoints') / name
-    snapshots = (cache / f'models--{hub_id.replace("/", "--")}' / 'snapshots').glob('*/config.json')
-    newest_first = sorted(snapshots, key=os.path.getmtime, reverse=True)
-    for place in (here, *(path.parent for path in newest_first)):
-        if (place / 'config.json').exists():
-            return place
+    here, cache = Path('checkpoints') / name, hub_cache()
+    places = [here] if (here / 'config.json').exists() else []
+    places += snapshots(cache / f'models--{hub_id.replace("/", "--")}')
+    for place in [*filter(is_complete, places), *places]:
+        return place
     what, files = f'its {size} GB', "--include '*.json' 'model*.safetensors'"
     if config_only:
         what, files = 'its config', 'config.json'
     raise InputError(f'--ckpt {name}: neither in {here} nor in {cache}; '
                      f'get {what} with: hf download {hub_id} {files} --local-dir {here}')
+
+
+def hub_cache():
+    """The folder of the Hugging Face cache, from the same variables as huggingface_hub."""
+    def path(variable, default):
+        return os.path.expandvars(os.path.expanduser(os.environ.get(variable) or default))
+    home = path('HF_HOME', os.path.join(path('XDG_CACHE_HOME', '~/.cache'), 'huggingface'))
+    return Path(path('HF_HUB_CACHE', path('HUGGINGFACE_HUB_CACHE', os.path.join(home, 'hub'))))
+
+
+def snapshots(folder):
+    """The snapshots of one model in the cache: that of refs/main, then the newest first."""
+    configs = sorted((folder / 'snapshots').glob('*/config.json'), key=os.path.getmtime, reverse=True)
+    main = folder / 'refs' / 'main'
+    wanted = main.read_text().strip() if main.is_file() else ''
+    return sorted((path.parent for path in configs), key=lambda place: place.name != wanted)
+
+
+def is_complete(folder):
+    """Are all weight files there?"""
+    try:
+        return all((folder / file).exists() for file in weight_files(folder))
+    except InputError:
+        return False
 
 
 def weight_files(folder):
@@ -87,6 +110,25 @@ def fingerprint(folder):
                 f.seek(i * max(0, size - 4096) // 64)
                 digest.update(f.read(4096))
     return digest.hexdigest()
+
+
+def weight_dtype(folder):
+    """The dtype of a checkpoint: that of most of its bytes; fp32 for wider ones.
+
+    Where the weights are not there yet, what config.json says. It is often missing or wrong, so the weights
+    come first.
+    """
+    folder, size = Path(folder), {}
+    if list(folder.glob('*.safetensors')):
+        for file in weight_files(folder):
+            for dtype, _, begin, stop in read_header(folder / file)[0].values():
+                size[dtype] = size.get(dtype, 0) + stop - begin
+        dtype = max(size, key=size.get, default=torch.float32)
+    else:
+        says = read_object(folder / 'config.json')
+        name = str(says.get('torch_dtype') or says.get('dtype')).removeprefix('torch.')
+        dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(name)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 # ---------------------------------------------------------------- the hub's names for our weights
@@ -145,6 +187,9 @@ def check_tensors(folder, files, layouts, expected, family):
         for name, (dtype, shape, _, _) in tensors.items():
             if name.endswith('rotary_emb.inv_freq'):      # old files carry the table that rope_table computes
                 continue
+            if name == HEAD and HEAD not in expected:          # tied, and in the file all the same
+                check_tied(folder, layouts)
+                continue
             if name not in left:
                 raise InputError(f'{path}: tensor {name} is not expected in a {family} model '
                                  f'of this config.json')
@@ -155,6 +200,17 @@ def check_tensors(folder, files, layouts, expected, family):
             del left[name]
     if left:
         raise InputError(f'{folder}: tensor {min(left)} is missing from the weight files')
+
+
+def check_tied(folder, layouts):
+    """InputError unless the head in the files is the embedding, to which config.json ties it."""
+    both = {}
+    for file, layout in layouts.items():
+        for name in {HEAD, 'model.embed_tokens.weight'} & layout.keys():
+            both[name] = read_safetensors(folder / file)[0][name]
+    if len(both) == 2 and not torch.equal(*both.values()):
+        raise InputError(f'{folder}: config.json ties {HEAD} to the embedding, '
+                         f'but the files hold another one')
 
 
 # ---------------------------------------------------------------- load and save

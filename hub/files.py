@@ -4,6 +4,7 @@ The lowest floor: whoever reads or writes a file of this project does it through
 hub/safetensors.py.
 """
 import json
+import math
 import os
 from pathlib import Path
 
@@ -46,3 +47,42 @@ def read_json(path):
         raise InputError(f'{path}: {e.strerror or e}') from None
     except (ValueError, RecursionError) as e:
         raise InputError(f'{path}: not JSON ({str(e)[:100]})') from None
+
+
+def read_object(path):
+    """The object in a JSON file, a dict."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f'{path}: not a JSON object')
+    return values
+
+
+REQUIRED = object()     # a field without a default
+
+
+def checked(values, name, where, kind, default=REQUIRED, least=None, most=None):
+    """values[name] of a JSON object, checked; the default where it is missing or null.
+
+    kind: bool, int, float (a whole number will do, NaN and infinity will not), str, list, dict, or a tuple of
+    all values that make sense. least, most: bounds of a number. InputError says where, what, and what was
+    expected.
+    """
+    value = values.get(name)
+    if value is None and default is not REQUIRED:
+        return default
+    if value is None:
+        raise InputError(f'{where}: the field {name!r} is missing')
+    if isinstance(kind, tuple):
+        good, wanted = any(type(value) is type(k) and value == k for k in kind), f'one of {kind}'
+    elif kind in (int, float):
+        good = type(value) in {int: (int,), float: (int, float)}[kind] and math.isfinite(value)
+        good = good and (least is None or value >= least) and (most is None or value <= most)
+        wanted = 'a whole number' if kind is int else 'a number'
+        wanted += f' of at least {least}' if least is not None else ''
+        wanted += f' and at most {most}' if most is not None else ''
+    else:
+        good = type(value) is kind
+        wanted = {bool: 'true or false', str: 'a string', list: 'a list', dict: 'an object'}[kind]
+    if not good:
+        raise InputError(f'{where}: {name} is {json.dumps(value)[:80]}, it must be {wanted}')
+    return value

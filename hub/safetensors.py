@@ -58,6 +58,8 @@ def read_header(path):
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
         metadata = header.pop('__metadata__', {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError('__metadata__ holds other things than strings')
         layout, end = {}, 0
         for name, t in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
             if t['dtype'] not in DTYPES:
@@ -94,6 +96,27 @@ def read_safetensors(path):
             part = part.clone()
         tensors[name] = part.view(dtype).reshape(shape)
     return tensors, metadata
+
+
+def read_noted(path, note):
+    """({name: tensor}, the JSON object that the metadata holds under `note`) of a file of this project.
+
+    InputError if there is none, and names a tensor that holds NaN or infinity.
+    """
+    try:
+        tensors, metadata = read_safetensors(path)
+    except OSError as e:
+        raise InputError(f'{path}: {e.strerror or e}') from None
+    try:
+        values = json.loads(metadata[note])
+        if not isinstance(values, dict):
+            raise ValueError
+    except (KeyError, ValueError, RecursionError):
+        raise InputError(f'{path}: not a file with {note} of this project') from None
+    for name, t in tensors.items():
+        if t.is_floating_point() and not t.float().isfinite().all():
+            raise InputError(f'{path}: {name} holds NaN or infinity')
+    return tensors, values
 
 
 def read_into(path, layout, views):

@@ -78,6 +78,35 @@ def open_out(name):
     return out
 
 
+class Unfailing:
+    """stdout or stderr that never raises: what cannot be spelt is escaped, and nobody need be listening."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act):
+        try:
+            act()
+        except (OSError, ValueError):                          # a pipe that is closed: from now on to nowhere
+            nowhere = open(os.devnull, 'w')
+            try:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            except (OSError, ValueError):
+                self.stream = nowhere
+
+
 class Progress:
     """One updating line on stderr if that is a terminal, else a plain line every ten seconds.
 
@@ -116,8 +145,10 @@ def one_line_errors(script, main, argv=None):
     with its traceback.
     """
     status = 2
+    sys.stdout, sys.stderr = (stream and Unfailing(stream) for stream in (sys.stdout, sys.stderr))
     try:
         main(argv)
+        sys.stdout and sys.stdout.flush()
         return leave()
     except InputError as e:
         line = str(e)

@@ -12,6 +12,8 @@ from allocator import Counted, bisect
 from run.ranks import gathered, ranks
 from scale.memory import LOGITS
 
+BLOCKS = 16             # of one document, whose tokens say nothing about how documents differ
+
 
 def token_logp(model, hidden, targets):
     """log p(target) in nats, (B,T) fp32, of last states (B,T,C) and targets (B,T), a few rows at a time."""
@@ -76,16 +78,20 @@ def calibrate(model, windows, policy_of, target, low, high):
 
 
 def clustered_error(delta, document):
-    """Standard error of the mean of `delta` (n,), tokens of one document taken as dependent."""
+    """Standard error of the mean of `delta` (n,), tokens of one document taken as dependent.
+
+    Where all is one document, tokens of one of BLOCKS equal parts of it.
+    """
     _, number = np.unique(document, return_inverse=True)
+    if not number.any():
+        number = np.arange(len(delta)) * BLOCKS // len(delta)
     sums = np.bincount(number, weights=delta - delta.mean())                # one per document
     m = len(sums)
     return math.sqrt((sums ** 2).sum() * m / max(m - 1, 1)) / len(delta)
 
 
 def bits_per_byte(nats, windows, tokenizer):
-    """Mean bits per byte of the target text; `nats`: the loss of all its tokens. A separator is no byte."""
-    n_bytes = [len(tokenizer.bytes_of_id.get(i, b'')) for i in range(int(windows[1].max()) + 1)]
-    if tokenizer.eos is not None and tokenizer.eos < len(n_bytes):
-        n_bytes[tokenizer.eos] = 0
+    """Mean bits per byte of the target text; `nats`: the loss of all its tokens. bos and eos are no bytes."""
+    n_bytes = [0 if i in tokenizer.marks else len(tokenizer.bytes_of_id.get(i, b''))
+               for i in range(int(windows[1].max()) + 1)]
     return nats / math.log(2) / torch.tensor(n_bytes)[windows[1]].sum().item()

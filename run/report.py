@@ -4,13 +4,12 @@ Colours are Okabe and Ito's, which survive colour-blindness; lines and markers d
 """
 import csv
 import io
-
-import matplotlib
-import matplotlib.pyplot as plt
+import os
 
 from hub.files import write_whole
 
-matplotlib.use('Agg')           # figures go to files, a screen is not needed
+os.environ['MPLBACKEND'] = 'agg'        # figures go to files; the backend of a notebook may not exist here
+import matplotlib.pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 SKY, PINK, GREY = '#56B4E9', '#CC79A7', '#999999'

@@ -3,9 +3,8 @@
 A row of the dispatch table is one shape, dtype, stage, number of tokens, path and plan (everyone K, or
 variable k).
 """
-import matplotlib.pyplot as plt
 
-from run.report import BLUE, GREEN, GREY, ORANGE, RED, SKY, markdown, save_figure
+from run.report import BLUE, GREEN, GREY, ORANGE, RED, SKY, markdown, plt, save_figure
 
 # the parts of a forward pass: (colour, hatch)
 PARTS = {'experts': (BLUE, ''), 'attention': (ORANGE, '//'), 'head': (SKY, '..'), 'router': (GREEN, 'xx'),

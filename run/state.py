@@ -1,16 +1,54 @@
-"""run/state.py: a run that can be stopped anywhere and goes on to the same bits."""
+"""run/state.py: the folder of a run, and the state from which a stopped run goes on to the same bits."""
 import json
 import math
+import re
+import shutil
 import signal
 from dataclasses import asdict
 
 import torch
 
-from hub.files import InputError
-from hub.safetensors import read_safetensors, write_safetensors
+from hub.files import InputError, checked, read_object
+from hub.safetensors import read_header, read_noted, write_safetensors
+from run.console import open_out
 
 # what may differ between an interrupted run and the one that resumes it
 NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream'
+
+
+# what a run writes into its folder, beside base/
+WRITTEN = ('allocator.safetensors', 'state.safetensors', 'log.csv', 'results.json', 'training.png',
+           'layers.png')
+
+
+def open_run(out):
+    """The folder of a run, made if need be; what a killed run had begun to write there goes.
+
+    InputError if it has a file that a run would write over and that no run has written.
+    """
+    out = open_out(out)
+    found = [out / name for name in WRITTEN if (out / name).exists()]
+    ours = [path for path in found if is_ours(path)]
+    for path in found:
+        if path.suffix in ('.json', '.safetensors') and path not in ours or not ours:
+            raise InputError(f'{path} was not written by a run of train.py: choose another --out')
+    begun = re.compile(rf'({"|".join(map(re.escape, WRITTEN))}|base)\.\d+\.new')
+    for path in [path for path in out.iterdir() if begun.fullmatch(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)                       # another rank may have been here
+    return out
+
+
+def is_ours(path):
+    """Does the file say that a run has written it?"""
+    try:
+        if path.suffix == '.safetensors':
+            return bool({'allocators', 'state'} & read_header(path)[1].keys())
+        return path.suffix == '.json' and {'config', 'rows', 'seed'} <= read_object(path).keys()
+    except InputError:
+        return False
 
 
 class Interrupt:
@@ -54,20 +92,34 @@ def load_state(path, s, facts, allocators, optimizer, generator):
 
     InputError names the setting or fact that differs.
     """
-    try:
-        tensors, metadata = read_safetensors(path)
-    except OSError as e:
-        raise InputError(f'--resume: {path}: {e.strerror}; start without --resume') from None
-    state, settings = json.loads(metadata['state']), in_state(s)
-    for name, old in state['settings'].items():
-        if old != settings.get(name):
-            mine = settings.get(name)
-            raise InputError(f'--resume: {path} is of a run with {name} {old}, this one has {mine}')
+    if not path.exists():
+        raise InputError(f'--resume: {path}: no such file; start without --resume')
+    tensors, state = read_noted(path, 'state')
+    where, settings = f'--resume: {path}', in_state(s)
+    theirs, log = checked(state, 'settings', where, dict), checked(state, 'log', where, list)
+    for name in settings.keys() | theirs.keys():
+        if theirs.get(name) != settings.get(name):
+            raise InputError(f'{where} is of a run with {name} {theirs.get(name)}, '
+                             f'this one has {settings.get(name)}')
     for name, new in facts.items():
-        if not math.isclose(state[name], new, rel_tol=1e-3):
-            raise InputError(f'--resume: {path} is of another base model or text: '
+        if not math.isclose(checked(state, name, where, float), new, rel_tol=1e-3):
+            raise InputError(f'{where} is of another base model or text: '
                              f'{name} was {state[name]}, now it is {new}')
+    for row in log:
+        checked({'step': row}, 'step', where, dict)
+        checked(row, 'price', where, float)
+    if not 0 < len(log) <= s.ppo_steps:
+        raise InputError(f'{where}: has {len(log)} steps of {s.ppo_steps}')
+    try:
+        put_back(tensors, allocators, optimizer, generator)
+    except (KeyError, ValueError, RuntimeError) as e:
+        cause = str(e).splitlines()[0][:100]
+        raise InputError(f'{where}: does not fit this run ({cause}); start without --resume') from None
+    return log
 
+
+def put_back(tensors, allocators, optimizer, generator):
+    """The tensors of a saved state to where they came from; raises where one is missing or misshapen."""
     def part(prefix):
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     allocators.load_state_dict(part('allocators.'))
@@ -77,4 +129,3 @@ def load_state(path, s, facts, allocators, optimizer, generator):
         averages.setdefault(int(i), {})[name] = t.clone()
     optimizer.load_state_dict({'state': averages, 'param_groups': optimizer.state_dict()['param_groups']})
     generator.set_state(tensors['generator'].clone())
-    return state['log']

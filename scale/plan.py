@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from base.pretrain import new_model
-from hub.checkpoint import find_checkpoint
-from hub.config import read_config, weight_dtype
+from hub.checkpoint import find_checkpoint, weight_dtype
+from hub.config import read_config
 from hub.files import InputError
 from moe_dispatch import flops
 from run.console import one_line_errors

@@ -12,11 +12,10 @@ Each base is a preset of train.py, learnt in out/NAME if it is not there; its ro
 """
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 
 from hub.files import InputError, write_json
 from run.console import OneLineParser, one_line_errors, open_out
-from run.report import markdown, save_figure
+from run.report import markdown, plt, save_figure
 from study.frontier import LOOKS, SKIPPING, TRAINING_FREE, measure
 from study.study import BUDGETS, study_at
 from train import PRESETS, Settings

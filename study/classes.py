@@ -8,7 +8,8 @@ import tokenize
 import numpy as np
 import torch
 
-from base.text import Text, python_tokens, read_documents, split_documents
+from base.documents import python_tokens, read_documents, split_documents
+from base.text import Text
 
 SPACE = 'white space'
 PYTHON_CLASSES = ('identifier', 'keyword', 'number', 'operator, punctuation', 'string', 'comment, docstring',
@@ -37,7 +38,7 @@ def python_classes(text):
             if kind:
                 begin, end = (starts[line - 1] + column for line, column in (t.start, t.end))
                 classes[begin:end] = [kind] * (end - begin)
-    except (tokenize.TokenError, SyntaxError, IndexError):
+    except (tokenize.TokenError, SyntaxError, ValueError, IndexError):
         classes[end:] = ['comment, docstring'] * (len(text) - end)
     return classes
 
@@ -69,21 +70,21 @@ def prose_classes(text):
     return classes
 
 
-def token_classes(tokenizer, ids, text, classes):
+def token_classes(tokenizer, ids, classes_of):
     """The class of each token: that of its first character that is not white space; bos, eos are white space.
 
-    ids: tokens of `text`. text and classes have one item per character, tokens are bytes.
+    The text that is looked at is what the tokens spell: the tokenizer may have normalised what it was given,
+    or put a space in front. classes_of(text) gives one class per character; tokens are bytes.
     """
-    raw, at, result = text.encode('utf-8', 'surrogatepass'), 0, []
-    widths = [len(c.encode('utf-8', 'surrogatepass')) for c in text]
-    of_byte = np.repeat(np.array(classes, dtype=object), widths)
-    for i in ids:
-        if i in (tokenizer.bos, tokenizer.eos):
-            result.append(SPACE)
-            continue
-        piece = tokenizer.bytes_of_id[i]
+    marks = tokenizer.marks
+    pieces = [b'' if i in marks else tokenizer.bytes_of_id[i] for i in ids]
+    text = b''.join(pieces).decode('utf-8', 'surrogateescape')
+    in_front = tokenizer.drops_space and text.startswith(' ')
+    classes = [SPACE] * in_front + classes_of(text[in_front:])
+    widths = [len(c.encode('utf-8', 'surrogateescape')) for c in text]
+    of_byte, at, result = np.repeat(np.array(classes, dtype=object), widths), 0, []
+    for piece in pieces:
         skip = len(piece) - len(piece.lstrip())
-        assert raw[at:at + len(piece)] == piece, 'tokens do not spell the text'
         result.append(SPACE if skip == len(piece) else of_byte[at + skip])
         at += len(piece)
     return result
@@ -103,7 +104,7 @@ def held_out_classes(study):
         names, classes_of = PROSE_CLASSES, prose_classes
     stream = []
     for text in split_documents(documents)[2]:
-        stream += token_classes(study.tokenizer, study.tokenizer.document(text), text, classes_of(text))
+        stream += token_classes(study.tokenizer, study.tokenizer.document(text), classes_of)
     number = torch.tensor([names.index(kind) for kind in stream])
     inputs, _, _ = Text(number, study.heldout.document).windows(s.seq, s.heldout_tokens)
     return inputs.flatten(), names

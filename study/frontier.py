@@ -11,16 +11,15 @@ import math
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from allocator import AdaK, Allocators, RandomMix, TopK, TopP, bisect
-from hub.files import read_json, write_json
+from hub.files import checked, read_object, write_json
 from model import Transformer
 from run.console import one_line_errors
 from run.evaluate import clustered_error, evaluate
-from run.report import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, markdown, save_figure
+from run.report import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, markdown, plt, save_figure
 from run.rules import FAMILIES, worth_of_an_expert
 from study.policies import EntropyBands, PerLayer
 from study.study import BUDGETS, open_study, parse
@@ -88,7 +87,7 @@ def measure(study, budgets, n_seeds, methods=tuple(LOOKS)):
     s, K, start = study.s, study.K, time.time()
     k_max, seeds = min(2 * K, study.model.config.n_experts), range(s.seed, s.seed + n_seeds)
     kept = study.folder / 'frontier.json'
-    spent = read_json(kept)['seconds'] if kept.exists() else 0.0
+    spent = checked(read_object(kept), 'seconds', kept, float, least=0) if kept.exists() else 0.0
     static = {k: study.measured(f'static-{k}', lambda k=k: TopK(k)) for k in range(1, k_max + 1)}
     topk, rows, paired = static[K][0], [], []
     greedy = functools.cache(lambda: greedy_layers(study))

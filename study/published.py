@@ -9,7 +9,7 @@ for 0.75 K, dialled to it on the training documents and reported on held-out one
 import time
 
 from allocator import AdaK, TopK
-from hub.files import read_json, write_json
+from hub.files import checked, read_object, write_json
 from run.console import one_line_errors
 from run.report import markdown
 from study.study import BUDGETS, open_study, parse
@@ -31,7 +31,7 @@ def published(a):
     """Measure what is not there yet, then print the table."""
     study = open_study(a, 'published')
     s, budget, kept = study.s, BUDGETS[1], study.folder / 'published.json'
-    rows = read_json(kept)['rows'] if kept.exists() else []
+    rows = read_rows(kept) if kept.exists() else []
     reference, _ = study.measured('top-k', lambda: TopK(study.K))
     for what, changes in recipes(s, a.quick)[len(rows):]:
         start = time.time()
@@ -44,6 +44,17 @@ def published(a):
         rows.append({'what': what, 'seconds': seconds, 'tokens': tokens, 'steps': used['ppo_steps'], **row})
         write_json(kept, {'rows': rows, 'K': study.K, 'budget': budget})
     print(published_table({'rows': rows}))
+
+
+def read_rows(path):
+    """The rows that are there already, checked: they say what need not be trained again."""
+    rows = checked(read_object(path), 'rows', path, list)
+    for row in rows:
+        checked({'row': row}, 'row', path, dict)
+        checked(row, 'what', path, str)
+        for name in ('steps', 'tokens', 'seconds', 'delta', 'delta_se', 'mean_k'):
+            checked(row, name, path, float)
+    return rows
 
 
 def published_table(results):

@@ -44,10 +44,15 @@ def sample(a):
     """Continue the prompt."""
     s, folder, tokenizer, c, name = opened(a)
     policy = make_policy(name, c, a.run, a.device)
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = bos + tokenizer.encode(a.prompt)
+    ids = tokenizer.prompt(a.prompt)
     if not ids:
         raise InputError('--prompt: is empty')
+    if max(ids) >= c.n_vocab:
+        raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
+                         f'the model has only {c.n_vocab} tokens')
+    if len(ids) + a.tokens > c.max_len:
+        raise InputError(f'--prompt of {len(ids)} tokens and --tokens {a.tokens}: '
+                         f'the model reads at most {c.max_len}')
     model = load_model(s, folder)
     tokens = torch.tensor([ids], device=a.device)
     tally = Counted(policy, len(c.moe_layers), a.device)
@@ -57,7 +62,7 @@ def sample(a):
     def ids_as_they_come():
         for token in generate_steps(model, tokens, a.tokens, tally, a.temperature, generator):
             times.append(time.perf_counter())
-            if token.item() == tokenizer.eos:
+            if token.item() in tokenizer.stops:
                 return
             new.append(token.item())
             yield token.item()

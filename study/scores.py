@@ -116,7 +116,7 @@ def write_until(model, tokenizer, prompts, stops, n, temperature, tally, generat
             if not going[b]:
                 continue
             steps[b] += 1
-            if token == tokenizer.eos:
+            if token in tokenizer.stops:
                 going[b] = False
                 continue
             raw[b] += tokenizer.bytes_of_id.get(token, b'')
@@ -129,4 +129,4 @@ def write_until(model, tokenizer, prompts, stops, n, temperature, tally, generat
     # the last token of a text is not run
     tally.lengths += [len(ids) + m - 1 for ids, m in zip(prompts, steps)]
     texts = [text.decode('utf-8', errors='replace') for text in raw]
-    return [text.removeprefix(' ') if tokenizer.spm else text for text in texts]         # as Tokenizer.decode
+    return [text.removeprefix(' ') if tokenizer.drops_space else text for text in texts]     # as decode

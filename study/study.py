@@ -14,7 +14,7 @@ from allocator import Allocators
 from base.frozen import base_folder, base_model
 from base.text import Text
 from hub.checkpoint import fingerprint
-from hub.files import InputError, read_json, write_json
+from hub.files import InputError, read_object, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 from hub.tokenizer import Tokenizer
 from model import Transformer
@@ -55,7 +55,7 @@ class Study:
         """(loss (n,), counts (L,k_max+1)) of policy_of() on the held-out windows, from the folder or now."""
         path = self.folder / f'{plain(name)}.row'
         if there(path):
-            tensors, _ = read_safetensors(path)
+            tensors = self.read_row(path)
         else:
             torch.manual_seed(self.s.seed)                     # for the policies that draw
             loss, tally = evaluate(self.model, self.windows, policy_of())
@@ -63,6 +63,15 @@ class Study:
             write_safetensors(path, tensors)
             print(f'{name}: {loss.mean():.4f} nats at mean k {tally.mean():.3f}', flush=True)
         return tensors['loss'].double(), tensors['counts']
+
+    def read_row(self, path):
+        """{'loss', 'counts'} of a file that `measured` wrote; InputError if it is damaged."""
+        tensors, _ = read_safetensors(path)
+        loss, counts = (tensors.get(name, torch.zeros(0)) for name in ('loss', 'counts'))
+        sound = loss.shape == self.windows[1].flatten().shape and loss.isfinite().all()
+        if not sound or counts.dim() != 2 or len(counts) != self.L or counts.sum() != self.L * len(loss):
+            raise InputError(f'{path}: damaged, or of other text; delete it to measure it again')
+        return tensors
 
     def calibrated(self, policy_of, budget, low, high):
         """A function that makes policy_of(knob) with mean k = budget * K on many training documents."""
@@ -150,11 +159,12 @@ def study_at(s, out, name, quick=False):
     model, tokenizer, texts = base_model(s, out)
     check_budget(replace(s, budget=min(BUDGETS), lam=None), model.config.top_k)
     check_ranks(s)
-    study = Study(s, model, tokenizer, *texts, open_out(out / name), quick)
+    study, kept = Study(s, model, tokenizer, *texts, open_out(out / name), quick), out / name / 'study.json'
+    if not kept.exists() and any(study.folder.iterdir()):
+        raise InputError(f'{study.folder} holds files that no study made: move them away')
     facts = {'base': fingerprint(base_folder(s, out)), 'text': [len(t.tokens) for t in texts],
              **{field: value for field, value in asdict(s).items() if field not in FREE}}
-    kept = study.folder / 'study.json'
-    for fact, value in (read_json(kept) if kept.exists() else {}).items():
+    for fact, value in (read_object(kept) if kept.exists() else {}).items():
         if facts.get(fact) != value:
             raise InputError(f'{study.folder} was measured with another {fact}: '
                              f'move it away to measure again')

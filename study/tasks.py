@@ -42,9 +42,8 @@ class Answers:
         self.model, self.tokenizer, self.stage, self.max_len = model, tokenizer, stage, model.config.max_len
         self.tally = Tally(policy, len(model.config.moe_layers), model.device)
         self.generator = torch.Generator(model.device).manual_seed(seed)
-        puts_bos = tokenizer.bos is not None and not model.config.model_type.startswith('qwen')
-        self.first = [tokenizer.bos] if puts_bos else []
-        self.empty = [i for i in (tokenizer.bos, tokenizer.eos) if i is not None][:1]
+        self.first = tokenizer.front
+        self.empty = (self.first or [i for i in (tokenizer.eos,) if i is not None])[:1]
         if not self.empty:
             raise InputError('tasks: config.json names neither bos nor eos, and an empty context needs one')
 

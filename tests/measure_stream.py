@@ -24,7 +24,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from base.text import learn_bpe, read_documents, split_documents, tokenizer_json    # noqa: E402
+from base.documents import read_documents, split_documents  # noqa: E402
+from base.text import learn_bpe, tokenizer_json  # noqa: E402
 from bench import interleaved, summary  # noqa: E402
 from hub.checkpoint import hub_tensors, load  # noqa: E402
 from hub.config import to_hf  # noqa: E402

@@ -141,10 +141,9 @@ DAMAGES = {
     'quantised': (change_config(quantization_config={'bits': 4}), 'quantization_config'),
     'rope scaling': (
         change_config(rope_parameters={'rope_type': 'yarn', 'factor': 4, 'rope_theta': 1e4}),
-        'rope_scaling',
+        'rope_parameters',
     ),
     'old rope scaling': (change_config(rope_scaling={'type': 'linear', 'factor': 2}), 'rope_scaling'),
-    'sliding window': (change_config(sliding_window=16), 'sliding_window'),
     'another activation': (change_config(hidden_act='gelu'), 'gelu'),
     'field missing': (
         lambda f: write_json(
@@ -154,7 +153,7 @@ DAMAGES = {
     ),
     'field of another kind': (change_config(num_hidden_layers='two'), 'config.json'),
     'no layers': (change_config(num_hidden_layers=0), 'n_layers'),
-    'more experts a token than there are': (change_config(num_experts_per_tok=9), 'top_k'),
+    'more experts a token than there are': (change_config(num_experts_per_tok=9), 'num_experts_per_tok'),
     'config of a model a million times larger': (
         change_config(hidden_size=32_000, vocab_size=10**9),
         'shape',

@@ -6,7 +6,8 @@ import torch
 import train
 from allocator import TopK
 from base.pretrain import balance_loss, learn_base, new_model, orthogonalise
-from base.text import Text, docstrings_and_comments, read_documents, split_documents
+from base.documents import docstrings_and_comments, read_documents, split_documents
+from base.text import Text
 from conftest import refusal, tiny_config
 from hub.files import InputError
 from hub.tokenizer import Tokenizer

@@ -126,7 +126,7 @@ def damaged_base(out):
         (lambda out: None, ['--budget', '0.5'], 'budget 0.75'),
         (lambda out: None, ['--discount', '0.5'], 'discount 0.9, this one has 0.5'),
         (damaged_base, [], 'base_loss'),
-        (lambda out: (out / 'state.safetensors').unlink(), [], 'No such file'),
+        (lambda out: (out / 'state.safetensors').unlink(), [], 'no such file'),
         (lambda out: os.truncate(out / 'state.safetensors', 5000), [], 'state.safetensors'),
         (lambda out: None, ['--fresh'], '--fresh'),
     ],

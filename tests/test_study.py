@@ -16,7 +16,7 @@ import study.published
 import study.study
 import train
 from allocator import AdaK, Allocators, Counted, TopK
-from base.text import read_documents, split_documents
+from base.documents import read_documents, split_documents
 from conftest import refusal, tiny_config
 from hub.tokenizer import Tokenizer
 from run.evaluate import clustered_error
@@ -95,7 +95,7 @@ def test_prose_classes_by_hand():
 def test_token_classes_follow_the_bytes(smoke):
     tokenizer = Tokenizer(smoke[0] / 'base')
     ids = tokenizer.encode(SOURCE)
-    classes = token_classes(tokenizer, ids, SOURCE, python_classes(SOURCE))
+    classes = token_classes(tokenizer, ids, python_classes)
     assert len(classes) == len(ids)
     for i, kind in zip(ids, classes):
         piece = tokenizer.bytes_of_id[i].strip()
@@ -156,17 +156,6 @@ def test_a_second_run_reuses_every_row(studied, monkeypatch, capsys):
     study.frontier.main([str(studied), '--quick'])
     assert json.loads((studied / 'frontier' / 'frontier.json').read_text())['rows'] == before
     assert '| Ada-K |' in capsys.readouterr().out
-
-
-def test_the_published_length_beside_ours_and_a_second_start_measures_nothing(studied, monkeypatch, capsys):
-    study.published.main([str(studied), '--quick'])
-    rows = json.loads((studied / 'published' / 'published.json').read_text())['rows']
-    assert [r['steps'] for r in rows] == [12, 12, 8]
-    assert [r['tokens'] for r in rows] == [12 * 16 * 4 * 64, 12 * 16 * 64, 8 * 4 * 64]     # steps x B x G x T
-    capsys.readouterr()
-    monkeypatch.setattr(study.study, 'evaluate', None)         # a call would fail
-    study.published.main([str(studied), '--quick'])
-    assert '| published recipe, published length | 8 |' in capsys.readouterr().out
 
 
 def test_another_base_is_not_mixed_in(studied, tmp_path, capsys):
@@ -283,26 +272,3 @@ def test_loads_count_experts_by_hand():
         and isinstance(loads, Counted)
         and loads.counts.tolist() == [[0, 0, 2]]
     )
-
-
-# ================================================================ three bases
-
-def test_bases_at_smoke_size(tmp_path, capsys):
-    study.bases.main(['fine', 'prose', '--quick', '--out', str(tmp_path)])
-    results = json.loads((tmp_path / 'bases' / 'bases.json').read_text())
-    assert list(results) == ['fine', 'prose'] and (tmp_path / 'bases' / 'bases.png').exists()
-    for base in results.values():
-        rows = study.bases.at_budget(base)
-        assert set(rows) >= set(study.bases.SHOWN)
-        free = min((rows[m] for m in TRAINING_FREE if m in rows), key=lambda r: r['delta'])
-        assert rows['Ada-K']['best_free']['method'] == free['method']
-    table = capsys.readouterr().out.splitlines()
-    assert '| 10⁻³ nats/token, minus Top-K | seeds | fine | prose |' in table
-    before = (tmp_path / 'fine/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns
-    study.bases.main(['fine', '--quick', '--out', str(tmp_path)])               # goes on where it was
-    assert (tmp_path / 'fine/frontier/ada-k-0.75-seed0.safetensors').stat().st_mtime_ns == before
-
-
-def test_a_base_that_does_not_exist_is_refused(tmp_path, capsys):
-    line = refusal(capsys, 'study.bases', study.bases.main, 'fine', 'huge', '--out', tmp_path)
-    assert 'huge: no such base' in line and not list(tmp_path.iterdir())
