@@ -142,8 +142,11 @@ class Allocators(nn.Module):
         write_safetensors(path, self.state_dict(), {'allocators': json.dumps(shape)})
 
     @classmethod
-    def load(cls, path, config):
-        """The allocators in a file; InputError if it is damaged or was trained for another base model."""
+    def load(cls, path, config, routers=None):
+        """The allocators in a file; InputError if it is damaged or was trained for another base model.
+
+        routers: a digest of the base's routers (hub/checkpoint.py:router_digest), where it is at hand.
+        """
         tensors, shape = read_noted(path, 'allocators')
         k_max, extended, base = (shape.get(name) for name in ('k_max', 'extended', 'base'))
         if type(k_max) is not int or k_max < 1 or type(extended) is not bool or type(base) is not dict:
@@ -155,6 +158,8 @@ class Allocators(nn.Module):
             if ours != theirs:
                 raise InputError(f'{path}: trained for a base model with {name} {theirs}, '
                                  f'this one has {ours}')
+        if routers and base.get('routers', routers) != routers:
+            raise InputError(f'{path}: trained for a base model of these sizes, but with other weights')
         expected = {name: t.shape for name, t in allocators.state_dict().items()}
         if expected != {name: t.shape for name, t in tensors.items()}:
             raise InputError(f'{path}: tensors do not have the names and shapes that its header promises')

@@ -344,7 +344,7 @@ def bench_machine(a):
     """All tables on random weights, printed and written to OUT/bench.json with three figures."""
     device, start = torch.device(a.device), time.time()
     torch.manual_seed(a.seed)
-    out = open_out(a.out or 'out')
+    out = open_out(a.out or 'out', 'bench.json')
     name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
@@ -369,7 +369,7 @@ def bench_machine(a):
 def bench_run(a):
     """A run's model, or --ckpt's, on held-out text: Top-K against its allocators, or random ones at 0.7 K."""
     s = settings_of(a, seq=512)
-    out = open_out(a.out or a.run or f'out/{Path(a.ckpt).name}')
+    out = open_out(a.out or a.run or f'out/{Path(a.ckpt).name}', 'bench.json')
     model, _, texts = base_model(s, Path(a.run or out))
     tokens = texts[2].windows(s.seq, max(s.seq, 2048))[0].to(s.device)      # (n,seq)
     if a.run:

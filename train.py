@@ -32,7 +32,7 @@ import torch
 
 import ppo
 from allocator import AdaK, RandomMix, Rollout, TopK, TopP
-from base.frozen import base_model
+from base.frozen import base_digest, base_model
 from hub.files import InputError, checked, read_object, write_json
 from moe_dispatch import flops
 from run.console import OneLineParser, Progress, default_device, one_line_errors, open_device
@@ -397,6 +397,7 @@ def main(argv=None):
     # allocators: their start, then PPO
     families = SkipFamilies(model, calibration, s.seq)
     allocators, price = new_allocators(s, model, text, families)
+    allocators.fingerprint['routers'] = base_digest(s, out)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
     log, state = [], out / 'state.safetensors'

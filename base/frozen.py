@@ -7,8 +7,9 @@ import torch
 
 from base.pretrain import RECIPE, base_recipe, learn_base
 from base.documents import read_documents, split_documents
-from base.text import learn_bpe, tokenize, tokenizer_json
-from hub.checkpoint import find_checkpoint, fingerprint, hub_tensors, load, save, weight_dtype
+from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
+from hub.checkpoint import (find_checkpoint, fingerprint, hub_tensors, load, router_digest, routers_of, save,
+                            weight_dtype)
 from hub.config import read_config, to_hf
 from hub.files import InputError, read_object, write_json
 from hub.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from scale.shard import shard
 from scale.stream import stream
 
 BPE_CHARACTERS = 2 ** 24        # are enough to learn merges from
-BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'recipe.json'}
+BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'recipe.json'}
 RECIPE_FACTS = {'text', *RECIPE}
 
 
@@ -59,6 +60,11 @@ def base_model(s, out):
 def base_folder(s, out):
     """Where the base model of a run is."""
     return find_checkpoint(s.ckpt) if s.ckpt else out / 'base'
+
+
+def base_digest(s, out):
+    """A digest of the base's routers, which its allocators are for."""
+    return router_digest(routers_of(base_folder(s, out)))
 
 
 def is_there(folder, recipe):
@@ -100,6 +106,7 @@ def begin_base(folder, s, parts):
         head_dim=s.dim // s.n_heads, n_experts=s.n_experts, top_k=s.top_k, expert_dim=s.expert_dim,
         eos=n_vocab - 1, max_len=max(s.seq, Config.max_len))
     write_json(new / 'tokenizer.json', tokenizer_json(merges))
+    write_json(new / 'tokenizer_config.json', {'eos_token': SEPARATOR, 'pad_token': SEPARATOR})
     write_json(new / 'config.json', to_hf(config))
     documents = [text for part in parts for text in part]
     print(f'text: {sum(map(len, documents)) / 1e6:.1f}M characters in {len(documents)} documents, '

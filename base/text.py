@@ -59,6 +59,7 @@ def tokenize(texts, tokenizer, T, name, B=0):
 
 # ================================================================ byte-pair encoding, learnt
 
+SEPARATOR = '<|endoftext|>'     # behind every document
 # words with the space before them, digits, symbols with the line end after them, line ends, indentation
 PATTERN = r' ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 # the same for `re`, to learn from
@@ -101,11 +102,11 @@ def learn_bpe(texts, n_tokens):
 
 
 def tokenizer_json(merges):
-    """The hub's tokenizer.json of a byte-level BPE: bytes 0-255, the merges, then <|endoftext|>."""
+    """The hub's tokenizer.json of a byte-level BPE: bytes 0-255, the merges, then SEPARATOR."""
     pieces = byte_characters()
     for a, b in merges:
         pieces.append(pieces[a] + pieces[b])
-    separator = {'id': len(pieces), 'content': '<|endoftext|>', 'single_word': False, 'lstrip': False,
+    separator = {'id': len(pieces), 'content': SEPARATOR, 'single_word': False, 'lstrip': False,
                  'rstrip': False, 'normalized': False, 'special': True}
     split = {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}
     level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}

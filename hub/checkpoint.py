@@ -112,6 +112,28 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
+def router_digest(routers):
+    """A digest of the routers' weights, [(N,C), ..] in the order of the layers: which base is this?
+
+    In bfloat16, so that a base that is loaded wider or narrower than it was saved is the same.
+    """
+    digest = hashlib.sha256()
+    for weight in routers:
+        digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def routers_of(folder):
+    """The routers' weights in the files of a checkpoint, in the order of the layers."""
+    found = {}
+    for file in weight_files(Path(folder)):
+        tensors, _ = read_safetensors(Path(folder) / file)
+        for name, t in tensors.items():
+            if name.endswith(('.mlp.gate.weight', '.block_sparse_moe.gate.weight')):
+                found[int(name.split('.')[2])] = t
+    return [found[layer] for layer in sorted(found)]
+
+
 def weight_dtype(folder):
     """The dtype of a checkpoint: that of most of its bytes; fp32 for wider ones.
 

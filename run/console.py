@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hub.files import InputError, write_whole
+from hub.files import InputError, read_object, write_whole
 from run.ranks import join, leave, ranks
 
 
@@ -66,8 +66,11 @@ def open_device(name):
     return name
 
 
-def open_out(name):
-    """The folder of --out, made if need be; InputError unless files can be written there."""
+def open_out(name, report=''):
+    """The folder of --out, made if need be; InputError unless files can be written there.
+
+    report: the .json file that will be; InputError where one is that this program did not write.
+    """
     out = Path(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,6 +78,8 @@ def open_out(name):
         (out / '.writable').unlink(missing_ok=True)            # several ranks look at once
     except OSError as e:
         raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
+    if report and (out / report).exists() and 'torch' not in read_object(out / report):
+        raise InputError(f'{out / report} was not written by this program: choose another --out')
     return out
 
 

@@ -5,213 +5,114 @@ import pytest
 import torch
 
 import study.tasks
-from allocator import Counted, TopK
-from model import generate
-from test_tasks import opened, refused, run, slow_score  # noqa: F401: two of them are fixtures
+from allocator import AdaK, Counted
+from conftest import refusal
+from hub.checkpoint import load
+from hub.config import read_config
+from hub.tokenizer import Tokenizer
 
+lm_eval = pytest.importorskip('lm_eval')
+pytest.importorskip('transformers')
 
-MULTIPLE_CHOICE = '''output_type: multiple_choice
+CHOOSE = '''output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
-fewshot_split: test
 metric_list: [{metric: acc}]
 '''
-GENERATION = '''output_type: generate_until
+WRITE = '''output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["%s"], max_gen_toks: 8}
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
 metric_list: [{metric: exact_match}]
 '''
-
-
-@pytest.fixture
-def harness(monkeypatch):
-    for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
-        monkeypatch.setenv(name, '1')
-    return pytest.importorskip('lm_eval')
+WORDS = 'import def self return for in if not None class raise with'.split()
 
 
 def task_file(folder, name, body, rows):
     (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     (folder / f'{name}.yaml').write_text(
         f'task: {name}\n{body}dataset_path: json\ntest_split: test\ndataset_kwargs:\n'
-        f'  data_files: {{test: {folder / name}.jsonl}}\n  cache_dir: {folder / "cache"}\n'
-    )
+        f'  data_files: {{test: {folder / name}.jsonl}}\n  cache_dir: {folder / "cache"}\n')
     return folder / f'{name}.yaml'
 
 
-def test_tasks_of_both_kinds_agree_with_plain_logits(harness, run, opened, tmp_path, capsys):
-    model, tokenizer, policy = opened
-    words = 'the cat sat on mat dog ran to door and up tree'.split()
-    pick = lambda n: [words[i] for i in torch.randperm(len(words))[:n]]
-    questions = [
-        {'question': ' '.join(pick(n)), 'choices': pick(4), 'answer': i % 4}
-        for i, n in enumerate([1, 5, 2, 9, 3, 3, 7, 4] * 4)
-    ]
-    continued = lambda text, policy: ''.join(
-        tokenizer.stream(
-            generate(model, torch.tensor([tokenizer.encode(text)]), 8, policy)[
-                0, len(tokenizer.encode(text)) :
-            ],
-            False,
-        )
-    ).split('<|endoftext|>')[0]
-    prompts = [' '.join(pick(n)) for n in (2, 3, 4) * 4]
-    stop = continued(prompts[0], TopK(3))[3]
-    written = lambda text, policy: continued(text, policy).split(stop)[0]
-    answers = [
-        {'question': text, 'answer': ('none such', written(text, TopK(3)), written(text, policy))[i % 3]}
-        for i, text in enumerate(prompts)
-    ]
-
-    files = (
-        task_file(tmp_path, 'choose', MULTIPLE_CHOICE, questions),
-        task_file(tmp_path, 'write', GENERATION % stop, answers),
-    )
-    study.tasks.main([','.join(map(str, files)), '--run', str(run), '--out', str(tmp_path)])
-    results, printed = json.loads((tmp_path / 'tasks.json').read_text()), capsys.readouterr().out
-    rows = {(r['task'], r['policy']): r for r in results['rows']}
-    assert len(rows) == 4 and results['lm_eval'] == harness.__version__
-    right = {}
-    for name, p in (('top-k', TopK(3)), ('ada-k', policy)):
-        scores = [
-            [
-                slow_score(model, tokenizer.encode(q['question']), tokenizer.encode(' ' + choice), p, 64)[0]
-                for choice in q['choices']
-            ]
-            for q in questions
-        ]
-        right['choose', name] = [
-            max(range(4), key=s.__getitem__) == q['answer'] for s, q in zip(scores, questions)
-        ]
-        right['write', name] = [written(r['question'], p) == r['answer'] for r in answers]
-    for case, hits in right.items():
-        value = sum(hits) / len(hits)
-        assert (
-            0 < value < 1 and rows[case]['value'] == pytest.approx(value) and rows[case]['n'] == len(hits)
-        ), case
-        assert rows[case]['stderr'] == pytest.approx((value * (1 - value) / (len(hits) - 1)) ** .5)
-        assert f'{value:.4f} ± ' in printed
-    counted = Counted(policy, 3)
-    for ids in {
-        tuple(tokenizer.encode(f'{q["question"]} {choice}')[:-1])
-        for q in questions
-        for choice in q['choices']
-    }:
-        model.hidden(torch.tensor([ids]), counted)
-    assert (
-        rows['choose', 'ada-k']['mean_k'] == pytest.approx(counted.mean())
-        and rows['choose', 'top-k']['mean_k'] == 3
-    )
-    assert (
-        rows['choose', 'top-k']['total_flops'] == 1
-        and f'| {counted.mean():.3f} | {counted.mean() / 3:.3f} |' in printed
-    )
-    assert printed.count('| choose | 0 | 32 | acc |') == 1
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
+        monkeypatch.setenv(name, '1')
 
 
-def test_limit_shots_and_a_policy_by_name(harness, run, opened, tmp_path, capsys):
-    model, tokenizer, _ = opened
-    rows = [
-        {'question': word, 'choices': ['on', 'up'], 'answer': 0}
-        for word in ('cat', 'dog', 'mat', 'tree', 'door')
-    ]
-    file = task_file(
-        tmp_path, 'few', MULTIPLE_CHOICE.replace('acc', 'acc, aggregation: median'), rows
-    )  # its error is a bootstrap, which prints
-    study.tasks.main(
-        [
-            str(file),
-            '--ckpt',
-            str(run / 'base'),
-            '--policy',
-            'skip=0.6',
-            '--limit',
-            '3',
-            '--shots',
-            '2',
-            '--out',
-            str(tmp_path),
-        ]
-    )
+@pytest.fixture(scope='module')
+def done(smoke, tmp_path_factory):
+    """(folder with tasks.json, questions, the policy of the run) after both kinds of tasks, three texts a pass."""
+    out = tmp_path_factory.mktemp('tasks')
+    questions = [{'question': ' '.join(WORDS[(i + j) % 12] for j in range(n)), 'answer': i % 3,
+                  'choices': [WORDS[i % 12], 'the', 'x'][:3]} for i, n in enumerate([1, 5, 2, 9, 3, 7] * 3)]
+    files = (task_file(out, 'choose', CHOOSE, questions),
+             task_file(out, 'write', WRITE, [{**q, 'answer': 'x'} for q in questions]))
+    study.tasks.main([','.join(map(str, files)), '--run', str(smoke[0]), '--out', str(out), '--batch', '3'])
+    return out, questions, AdaK.of_run(smoke[0], read_config(smoke[0] / 'base'), 'cpu')
+
+
+def rows_of(done):
+    return {(r['task'], r['policy']): r for r in json.loads((done[0] / 'tasks.json').read_text())['rows']}
+
+
+def test_top_k_is_what_the_harness_itself_says(done, smoke, offline):
+    own = lm_eval.simple_evaluate(
+        'hf', model_args={'pretrained': str(smoke[0] / 'base'), 'dtype': 'auto'}, device='cpu', batch_size=3,
+        tasks=[str(done[0] / 'choose.yaml')], task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        log_samples=False)
+    assert rows_of(done)['choose', 'top-k']['value'] == own['results']['choose']['acc,none']
+    assert rows_of(done)['choose', 'top-k']['mean_k'] == 4 and rows_of(done)['write', 'top-k']['mean_k'] == 4
+
+
+def test_the_policy_scores_and_counts_as_our_own_model_does(done, smoke):
+    _, questions, policy = done
+    model, tokenizer = load(smoke[0] / 'base'), Tokenizer(smoke[0] / 'base')
+    counted, hits, seen = Counted(policy, 2), [], set()
+    for q in questions:
+        scores, context = [], tokenizer.encode(q['question'])
+        for choice in q['choices']:
+            ids = tokenizer.encode(f'{q["question"]} {choice}')
+            logits = model(torch.tensor([ids[:-1]]), policy)[0].log_softmax(-1)              # (T,V)
+            scores.append(sum(logits[t - 1, ids[t]].item() for t in range(len(context), len(ids))))
+            if tuple(ids[:-1]) not in seen:                    # the harness runs equal texts once
+                seen.add(tuple(ids[:-1]))
+                model.hidden(torch.tensor([ids[:-1]]), counted)
+        hits.append(max(range(3), key=scores.__getitem__) == q['answer'])
+    row = rows_of(done)['choose', 'ada-k']
+    assert row['value'] == pytest.approx(sum(hits) / len(hits))
+    assert row['mean_k'] == pytest.approx(counted.mean(), rel=1e-6)        # padding is not counted
+    assert row['expert_flops'] == pytest.approx(row['mean_k'] / 4) and 0 < row['total_flops'] < 1.2
+    assert 1 <= rows_of(done)['write', 'ada-k']['mean_k'] <= 8
+
+
+def test_limit_shots_and_a_policy_by_name(smoke, tmp_path, capsys):
+    questions = [{'question': w, 'choices': ['on', 'up'], 'answer': 0} for w in WORDS]
+    file = task_file(tmp_path, 'few', CHOOSE + 'fewshot_split: test\n', questions)
+    study.tasks.main([str(file), '--ckpt', str(smoke[0] / 'base'), '--policy', 'skip=0.6', '--limit', '3',
+                      '--shots', '2', '--out', str(tmp_path)])
     top, skip = json.loads((tmp_path / 'tasks.json').read_text())['rows']
-    assert (top['policy'], top['n'], top['shots'], top['mean_k']) == ('top-k', 3, 2, 3)
-    assert skip['policy'] == 'skip=0.6' and skip['mean_k'] < 3
-    # both read the same prompts, and these hold two examples
-    assert (
-        top['mean_length']
-        == skip['mean_length']
-        > 2 * max(len(tokenizer.encode(r['question'] + ' on')) for r in rows)
-    )
-    out = capsys.readouterr()
-    assert out.out.startswith('| task |') and 'mean k, skip=0.6' in out.out and 'ada-k' not in out.out
-    assert all(line.startswith(('load', 'few')) for line in out.err.splitlines())   # progress, and no noise
+    assert (top['policy'], top['shots'], top['mean_k']) == ('top-k', 2, 4)
+    assert skip['policy'] == 'skip=0.6' and skip['mean_k'] < 4
+    assert '| task | shots | metric | top-k | skip=0.6 |' in capsys.readouterr().out
 
 
-@pytest.fixture
-def known(harness, tmp_path, monkeypatch):
-    """The folder whose tasks lm_eval knows by name: a new one, its own 14,000 tasks take seconds to read."""
-    import lm_eval.tasks.manager
-    monkeypatch.setattr(lm_eval.tasks.manager, '__file__', str(tmp_path / 'known' / 'manager.py'))
-    (tmp_path / 'known').mkdir()
-    return tmp_path / 'known'
-
-
-def test_a_group_is_one_mean_and_a_tag_is_its_tasks(known, run, tmp_path, capsys):
-    for name, n in (('one', 5), ('two', 3)):
-        task_file(
-            known,
-            name,
-            'tag: both\n' + MULTIPLE_CHOICE,
-            [{'question': f'the {name} {i}', 'choices': ['a', 'door'], 'answer': i % 2} for i in range(n)],
-        )
-    (known / 'g.yaml').write_text(
-        'group: mean\ntask: [one, two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n'
-    )
-    study.tasks.main(['mean,both', '--run', str(run), '--out', str(tmp_path)])
-    rows = json.loads((tmp_path / 'tasks.json').read_text())['rows']
-    assert [(r['unit'], r['task'], r['policy'], r['n']) for r in rows] == [
-        *[
-            ('mean', task, policy, n)
-            for policy in ('top-k', 'ada-k')
-            for task, n in (('one', 5), ('two', 3), ('mean', 8))
-        ],
-        *[(task, task, policy, n) for task, n in (('one', 5), ('two', 3)) for policy in ('top-k', 'ada-k')],
-    ]
-    assert rows[5]['value'] == pytest.approx((5 * rows[3]['value'] + 3 * rows[4]['value']) / 8)
-    assert (
-        rows[3]['mean_k'] == rows[4]['mean_k'] == rows[5]['mean_k'] and rows[7]['mean_k'] != rows[9]['mean_k']
-    )  # of all that ran together
-    assert capsys.readouterr().out.count('\n| ') == 1 + 3 + 2
-
-
-def test_a_task_that_cannot_be_had_is_one_line(known, run, tmp_path, capsys):
-    good = task_file(
-        known, 'arc_easy', MULTIPLE_CHOICE, [{'question': 'the', 'choices': ['a', 'b'], 'answer': 0}]
-    )
-    assert (
-        'arc_eazy: no such task' in (error := refused(capsys, 'arc_easy,arc_eazy', '--run', run))
-        and 'is it arc_easy?' in error
-    )
-    assert 'gone.yaml' in refused(capsys, tmp_path / 'gone.yaml', '--run', run)
-    assert "tasks : no such task" in refused(capsys, '', '--run', run)
+@pytest.mark.parametrize('args, says', [
+    (['no_such_task.yaml'], 'no_such_task.yaml'), (['broken.yaml'], 'broken.yaml'), (['lost.yaml'], 'lost.yaml'),
+    (['x.yaml', '--limit', '0'], 'limit is 0'), (['x.yaml', '--shots', '-1'], 'shots is -1'),
+    (['x.yaml', '--policy', 'k=99'], 'k=99'), (['x.yaml', '--device', 'tpu9'], 'tasks: '),
+    (['x.yaml', '--batch', '0'], 'batch is 0')])
+def test_what_cannot_be_run_is_one_line(args, says, smoke, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'broken.yaml').write_text('task: [')
-    assert 'broken.yaml' in refused(capsys, tmp_path / 'broken.yaml', '--run', run)
-    lost = task_file(tmp_path, 'lost', MULTIPLE_CHOICE, [])
+    task_file(tmp_path, 'lost', CHOOSE, [])
     (tmp_path / 'lost.jsonl').unlink()
-    assert 'lost.yaml: FileNotFoundError' in refused(capsys, lost, '--run', run)
-    hub = tmp_path / 'hub.yaml'
-    hub.write_text(
-        good.read_text()
-        .replace('dataset_path: json', 'dataset_path: no-one/nothing')
-        .split('dataset_kwargs')[0]
-    )
-    assert 'hub.yaml' in refused(capsys, hub, '--run', run)
-    unsafe = tmp_path / 'unsafe.yaml'
-    unsafe.write_text(good.read_text() + 'unsafe_code: true\n')
-    assert 'runs code' in refused(capsys, unsafe, '--run', run)
-    assert 'tasks arc_easy: ' in refused(
-        capsys, 'arc_easy', '--run', run, '--shots', '9'
-    )  # one document has no nine others
-    assert not (run / 'tasks.json').exists()
+    line = refusal(capsys, 'study.tasks', study.tasks.main, *args, '--run', smoke[0], '--out', tmp_path / 'o')
+    assert says in line and not (tmp_path / 'o/tasks.json').exists()
+
+
+def test_neither_a_run_nor_a_checkpoint(capsys):
+    assert 'give --ckpt' in refusal(capsys, 'study.tasks', study.tasks.main, 'x.yaml')

@@ -13,7 +13,7 @@ FLOORS = [
     ['moe_dispatch', 'hub.files', 'hub.safetensors', 'hub.regex', 'hub.pipeline', 'hub.bpe'],
     ['model'],
     ['hub.config', 'hub.checkpoint', 'hub.tokenizer'],
-    ['allocator'],
+    ['allocator', 'hub.plug'],
     ['ppo'],
     ['scale.memory', 'scale.stream', 'scale.shard'],
     ['run.ranks', 'run.console', 'run.state', 'run.evaluate', 'run.report', 'run.speed', 'run.rules',
@@ -23,7 +23,7 @@ FLOORS = [
     ['train'],
     ['bench'],
     ['scale.plan', 'study.policies', 'study.study', 'study.passage', 'study.classes', 'study.frontier',
-     'study.bases', 'study.published', 'study.ablations', 'study.analysis', 'study.sample', 'study.scores',
+     'study.bases', 'study.published', 'study.ablations', 'study.analysis', 'study.sample',
      'study.tasks']]
 # what the files that are read aloud may lean on, no more
 ALLOWED = {
