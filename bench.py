@@ -6,10 +6,10 @@
     python bench.py --ckpt FOLDER       any checkpoint, with random allocators at 0.7 K
 
 Tables: *dispatch* (every path and transformers' own, where it is installed, on the same weights and ids),
-*roofline* (its bytes and FLOPs against what this machine reaches) and *model* (a whole model, Top-K against
-allocators that run fewer experts, allocator time included). Every number is a median over rounds in which all
-candidates run in turn, in one process, on random data; a ratio is a ratio of medians. Smaller is not always
-faster: read the spread.
+*roofline* (its bytes and FLOPs against what this machine reaches), *model* (a whole model, Top-K against
+allocators that run fewer experts, allocator time included) and *beside* (whole models beside transformers').
+Every number is a median over rounds in which all candidates run in turn, in one process, on random data; a
+ratio is a ratio of medians. Smaller is not always faster: read the spread.
 """
 import itertools
 import platform
@@ -27,11 +27,12 @@ from base.frozen import base_model
 from base.pretrain import new_model
 from hub.files import InputError, write_json
 from model import Config, generate
+from run.beside import beside, beside_lines, transformers_experts
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags, open_out
 from run.ranks import ranks
 from run.speed import (claims, dispatch_figure, milliseconds, model_figure, model_lines, roofline,
                        roofline_figure)
-from train import settings_of
+from train import Settings, settings_of
 
 
 # ================================================================ timing
@@ -128,25 +129,6 @@ def dense_pair(e, rows):
     return run
 
 
-def transformers_experts(e):
-    """{name: module(x, ids, weights)} of transformers' implementations on our weights; {} without it."""
-    try:
-        from transformers import MixtralConfig, __version__
-        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    except ImportError:
-        return {}
-    found = {}
-    for name in ('eager', 'grouped_mm', 'batched_mm'):
-        config = MixtralConfig(hidden_size=e.C, intermediate_size=e.F, num_local_experts=e.N,
-                               num_experts_per_tok=e.K)
-        config._experts_implementation = name
-        with torch.device('meta'):
-            module = MixtralExperts(config)
-        module.gate_up_proj, module.down_proj = nn.Parameter(e.w_in, False), nn.Parameter(e.w_out, False)
-        found[f'transformers {__version__} {name}'] = module
-    return found
-
-
 def graphed(run):
     """The same as one CUDA graph, without what Python and the launches cost."""
     for _ in range(3):
@@ -165,6 +147,8 @@ def dispatch_cases(e, T, variable):
     hit = len(ids[moe_dispatch.used(k, ids.shape[1])].unique())
     cases = {'loop': lambda: moe_dispatch.moe_loop(*args), 'exact': lambda: moe_dispatch.moe_exact(*args),
              'static': lambda: moe_dispatch.moe_static(*args), 'dense pair': dense_pair(e, rows)}
+    if not x.is_cuda and T <= moe_dispatch.FEW_TOKENS:
+        cases['few'] = lambda: moe_dispatch.moe_few(*args)
     if moe_dispatch.native(x) and T <= moe_dispatch.STATIC_TOKENS:
         cases['static in a graph'] = graphed(cases['static'])
     copies = T * e.K * e.w_in[0].numel() * e.w_in.element_size()    # batched_mm copies every choice's weights
@@ -213,7 +197,9 @@ def dispatch_table(shapes, device, rounds, reached):
                 cases = {(variable, name): run
                          for variable, (runs, _, _) in plans.items() for name, run in runs.items()}
                 times = interleaved(cases, n, device)
-            default = 'static in a graph' if stage == 'decode' and device.type == 'cuda' else 'exact'
+            with torch.set_grad_enabled(learn):
+                default = moe_dispatch.path_of(T, e.w_in).__name__.removeprefix('moe_')
+            default += ' in a graph' * (default == 'static')
             for (variable, name), t in times.items():
                 _, n_rows, hit = plans[variable]
                 row = {'shape': shape_name, 'C': e.C, 'F': e.F, 'N': e.N, 'K': e.K,
@@ -340,6 +326,20 @@ def random_model(device, quick):
     return model, torch.randint(config.n_vocab, (1, T), device=device)
 
 
+def whole_models(device, quick):
+    """(name, model, tokens (1,T)) of each model that is timed beside transformers."""
+    model, tokens = random_model(device, quick)
+    name = 'Mixtral\'s proportions'
+    if device.type == 'cpu':
+        yield name, model.float(), tokens
+    yield name, model.bfloat16(), tokens
+    s = Settings()
+    names = 'n_vocab', 'dim', 'n_layers', 'n_heads', 'n_kv_heads', 'n_experts', 'top_k', 'expert_dim'
+    config = Config(head_dim=s.dim // s.n_heads, **{name: getattr(s, name) for name in names})
+    model = new_model(config, 0).to(device).requires_grad_(False)
+    yield 'the default base\'s size', model, torch.randint(config.n_vocab, tokens.shape, device=device)
+
+
 def bench_machine(a):
     """All tables on random weights, printed and written to OUT/bench.json with three figures."""
     device, start = torch.device(a.device), time.time()
@@ -355,11 +355,17 @@ def bench_machine(a):
     rows = dispatch_table(SHAPES['quick' if a.quick else device.type], device, 3 if a.quick else 9, reached)
     print(milliseconds(rows), roofline(rows), claims(rows), sep='\n\n', flush=True)
     model, tokens = random_model(device, a.quick)
-    table = model_table(model, tokens, fewer(model, tokens, 0.7), 8 if a.quick else 32, 3 if a.quick else 7)
-    print(f'\n{model_lines(table)}')
+    table = model_table(model, tokens, fewer(model, tokens, 0.7), 8 if a.quick else 32, 3)
+    print(f'\n{model_lines(table)}', flush=True)
+    whole = []
+    for what, model, tokens in whole_models(device, a.quick):
+        new = 4 if a.quick else 16
+        whole += beside(model, tokens, fewer(model, tokens, 0.7), new, 3, what, lambda: synchronize(device))
+    print(f'\n{beside_lines(whole)}', flush=True)
     write_json(out / 'bench.json', {'machine': name, 'torch': torch.__version__, 'reached': reached,
                                     'seed': a.seed,
-                                    'seconds': time.time() - start, 'dispatch': rows, 'model': table})
+                                    'seconds': time.time() - start, 'dispatch': rows, 'model': table,
+                                    'beside': whole})
     dispatch_figure(out / 'dispatch.png', rows, name)
     roofline_figure(out / 'roofline.png', rows, reached)
     model_figure(out / 'model.png', table)

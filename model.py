@@ -63,7 +63,10 @@ class Config:
 # ================================================================ the transformer, leaves first
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype."""
+    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype.
+
+    In fp32 and without gradients that is torch's own, one call instead of six.
+    """
 
     def __init__(self, n, eps):
         super().__init__()
@@ -71,38 +74,45 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 def rope_table(config, positions, dtype):
-    """cos and sin (T,D) of the rotary angles of positions (T,); computed in fp32."""
+    """cos and sin (T,D) of the rotary angles of positions (T,), sin signed for `rotate`; computed in fp32."""
     D = config.head_dim
     pairs = torch.arange(0, D, 2, device=positions.device).float()          # (D/2,)
     frequency = 1 / config.rope_theta ** (pairs / D)                        # (D/2,)
     angle = positions.float()[:, None] * frequency                          # (T,D/2)
-    angle = torch.cat([angle, angle], dim=-1)                               # (T,D)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    sin = angle.sin()
+    return torch.cat([angle, angle], dim=-1).cos().to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x, cos, sin):
     """Rotary positions on x (B,H,T,D): channel i of the first half turns with channel i of the second."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Cache:
-    """Keys and values (layers, B, kv heads, max_len, D) of the tokens seen so far, filled up to `length`."""
+    """Keys and values (layers, B, kv heads, max_len, D) of the tokens seen so far, filled up to `length`.
+
+    AssertionError where more tokens come than it has places for.
+    """
 
     def __init__(self, config, B, max_len, device, dtype):
         shape = config.n_layers, B, config.n_kv_heads, max_len, config.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.table = rope_table(config, torch.arange(max_len, device=device), dtype)        # (max_len,D) both
         self.length = 0
 
-    def positions(self, T):
-        """The positions (T,) of the next T tokens."""
-        return torch.arange(self.length, self.length + T, device=self.k.device)
+    def rope(self, T):
+        """cos and sin (T,D) of the next T tokens."""
+        end = self.length + T
+        assert end <= self.k.shape[3], f'{end} tokens in a cache of {self.k.shape[3]}'
+        return [table[self.length:end] for table in self.table]
 
     def mask(self, T):
         """Which of the S tokens seen the next T may look at, (T,S) bool; None: plain causal attention."""
@@ -112,9 +122,11 @@ class Cache:
 
     def extend(self, layer, k, v):
         """Write k, v (B,kv heads,T,D) behind what was seen; return all keys and values of the layer."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        T, seen = k.shape[2], []
+        for places, new in ((self.k[layer], k), (self.v[layer], v)):
+            places.narrow(2, self.length, T).copy_(new)
+            seen.append(places.narrow(2, 0, self.length + T))
+        return seen
 
     def advance(self, T):
         self.length += T
@@ -128,12 +140,12 @@ class StaticCache:
     """
 
     def __init__(self, cache):
-        self.k, self.v = cache.k, cache.v
+        self.k, self.v, self.table = cache.k, cache.v, cache.table
         self.length = torch.tensor([cache.length], device=cache.k.device)   # (1,)
         self.places = torch.arange(cache.k.shape[3], device=cache.k.device)  # (max_len,)
 
-    def positions(self, T):
-        return self.length
+    def rope(self, T):
+        return [table.index_select(0, self.length) for table in self.table]
 
     def mask(self, T):
         return self.places[None] <= self.length                             # (1,max_len)
@@ -172,7 +184,7 @@ class Attention(nn.Module):
         q, k, v = (z.view(B, T, -1, self.head_dim).transpose(1, 2) for z in (q, k, v))      # (B,heads,T,D)
         if self.qk_norm == 'head':
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(torch.cat([q, k], 1), *rope).split([q.shape[1], k.shape[1]], 1)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                # (B,kv heads,S,D), S seen
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
@@ -208,7 +220,7 @@ class MoE(nn.Module):
     def forward(self, x, layer, choose_k):                                  # x (P,C)
         probs = F.softmax(self.router(x), dim=-1, dtype=torch.float32)      # (P,N)
         if choose_k is None:
-            k_max, k = self.top_k, torch.full((len(x),), self.top_k, device=x.device)
+            k_max, k = self.top_k, None                                     # all of them
         else:
             k_max, k = choose_k.k_max, choose_k(layer, x, probs)            # (P,)
         select = getattr(choose_k, 'select', moe_dispatch.select)         # a policy may weigh the experts too
@@ -275,10 +287,9 @@ class Transformer(nn.Module):
         T = max(tokens.shape[1] for tokens, _ in passes)
         xs = [self.embed_tokens(tokens) for tokens, _ in passes]            # (B,T,C) each
         if cache is None:
-            positions, mask = torch.arange(T, device=self.device), None
+            rope, mask = rope_table(self.config, torch.arange(T, device=self.device), xs[0].dtype), None
         else:
-            positions, mask = cache.positions(T), cache.mask(T)             # (T,), (T,S) bool or None
-        rope = rope_table(self.config, positions, xs[0].dtype)              # cos and sin (T,D)
+            rope, mask = cache.rope(T), cache.mask(T)         # cos and sin (T,D); (T,S) bool or None
         ropes = [[table[:x.shape[1]] for table in rope] for x in xs]        # passes may differ in T
         moe_layer = 0
         for layer in self.visit():
@@ -346,7 +357,7 @@ class Decoder:
         return self.logits
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
     """Yield the n tokens behind tokens (B,T), (B,1) each; temperature 0 takes the most probable."""
     B, T = tokens.shape

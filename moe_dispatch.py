@@ -4,8 +4,9 @@ A mixture-of-experts layer computes, for each token x with k experts chosen (pap
 
     y = sum over its k most probable experts n of  g_n * w_out[n] (silu(gate) * up),   [gate; up] = w_in[n] x
 
-Three paths keep one contract and tests compare them; `moe` chooses:
+Four paths keep one contract and tests compare them; `moe` chooses:
     moe_loop      the reference, obviously right
+    moe_few       the same for a handful of tokens on a CPU, without its masks; forward only
     moe_exact     rows sorted by expert, grouped matmuls over sum(k) rows; one host sync; has a gradient
     moe_static    the same over P*k_max rows; no host sync, so a CUDA graph can hold it; forward only
 
@@ -27,13 +28,14 @@ def used(k, k_max):
 def select(probs, k, k_max, renormalise):
     """The k most probable experts of each token and their weights (eq. 1-3).
 
-    probs (P,N) float, k (P,) integer in 1..k_max  ->  ids (P,k_max) int64 by falling probability,
+    probs (P,N) float, k (P,) integer in 1..k_max, or None: all  ->  ids (P,k_max) int64, likely ones first,
     weights (P,k_max) like probs, exactly 0 from choice k on.
     `renormalise` scales the kept weights to sum to 1, as the base model does or does not (`norm_topk` in
     Config).
     """
     weights, ids = probs.topk(k_max, dim=-1)                                    # (P,k_max) both
-    weights = weights.masked_fill(~used(k, k_max), 0)
+    if k is not None:
+        weights = weights.masked_fill(~used(k, k_max), 0)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights
@@ -44,12 +46,47 @@ def select(probs, k, k_max, renormalise):
 def moe_loop(x, ids, weights, k, w_in, w_out):
     """The reference: three lines per expert, slow and plain. Same contract as `moe`."""
     y = torch.zeros_like(x, dtype=torch.float32)                                # (P,C)
+    k = torch.full((len(x),), ids.shape[1], device=x.device) if k is None else k
     chosen = torch.where(used(k, ids.shape[1]), ids, -1)                        # (P,k_max)
     for n in range(len(w_in)):
         token, choice = torch.where(chosen == n)                                # (rows,) both
         gate, up = F.linear(x[token], w_in[n]).chunk(2, dim=-1)                 # (rows,F) both
         expert = F.linear(F.silu(gate) * up, w_out[n])                          # (rows,C)
         y = y.index_add(0, token, (weights[token, choice, None] * expert).float())
+    return y.to(x.dtype)
+
+
+# ---------------------------------------------------------------- on a CPU, and a handful of tokens there
+
+def product(x, w):
+    """x @ w.T on a CPU: x (rows,C), w (F,C) -> (rows,F).
+
+    In bf16 F.linear of up to 64 rows takes a third longer than the product the other way round.
+    """
+    if x.dtype != torch.bfloat16 or len(x) > 64:
+        return F.linear(x, w)
+    return torch.mv(w, x[0])[None] if len(x) == 1 else torch.mm(w, x.T).T
+
+
+def moe_few(x, ids, weights, k, w_in, w_out):
+    """A loop over the experts that are hit, each read once: same contract as `moe`, forward only.
+
+    Lists instead of masks and sorts: for a token the kernels of a plan take longer than its experts.
+    """
+    hit = {}                                                   # expert -> [(token, weight), ..]
+    for token, n, chosen, scale in zip(range(len(x)), k.tolist(), ids.tolist(), weights.tolist()):
+        assert 1 <= n <= len(chosen), f'k must lie in 1..{len(chosen)}, found {n}'
+        for expert, weight in zip(chosen[:n], scale):
+            hit.setdefault(expert, []).append((token, weight))
+    N = len(w_in)
+    assert 0 <= min(hit) and max(hit) < N, f'expert ids must lie in 0..{N - 1}, found {min(hit)}..{max(hit)}'
+    y, alone = torch.zeros(x.shape, dtype=torch.float32), len(x) == 1           # (P,C)
+    for expert, pairs in hit.items():
+        rows = x if alone else x[[token for token, _ in pairs]]                 # (rows,C)
+        gate, up = product(rows, w_in[expert]).chunk(2, dim=-1)                # (rows,F) both
+        out = product(F.silu(gate).mul_(up), w_out[expert])                    # (rows,C)
+        for (token, weight), row in zip(pairs, [out] if alone else out.unbind()):
+            (y if alone else y[token]).add_(row, alpha=weight)
     return y.to(x.dtype)
 
 
@@ -89,8 +126,8 @@ def experts_split(rows, ends, w_in, w_out):
     out = []
     for part, expert_in, expert_out in zip(rows.split(sizes), w_in.unbind(), w_out.unbind()):
         if len(part):
-            gate, up = F.linear(part, expert_in).chunk(2, dim=-1)               # (size,F) both
-            out.append(F.linear(F.silu(gate).mul_(up), expert_out))             # (size,C)
+            gate, up = product(part, expert_in).chunk(2, dim=-1)                # (size,F) both
+            out.append(product(F.silu(gate).mul_(up), expert_out))              # (size,C)
     return torch.cat(out)
 
 
@@ -108,7 +145,8 @@ def moe_exact(x, ids, weights, k, w_in, w_out):
     n_rows = checked(ids, k, ends)                             # the host sync
     rows = x.index_select(0, token[:n_rows])                                    # (sum(k),C)
     between = n_rows * w_in.shape[1] * x.element_size()        # bytes between the two matmuls of all experts
-    split = between > SPLIT_BYTES and not x.is_cuda and not torch.is_grad_enabled()
+    split = between > SPLIT_BYTES or w_in[0].numel() > LARGE
+    split = split and not x.is_cuda and not torch.is_grad_enabled()
     experts = experts_split if split else experts_grouped
     return combine(experts(rows, ends, w_in, w_out), row, weights)
 
@@ -126,28 +164,42 @@ def moe_static(x, ids, weights, k, w_in, w_out):
 
 # ---------------------------------------------------------------- the rule
 
+FEW_TOKENS = 32         # on a CPU in bf16, up to here: large experts are read faster one by one
+LARGE = 2 ** 20         # weights of an expert's first matrix
 STATIC_TOKENS = 256     # on CUDA, up to here: a host sync would cost more than the rows that static wastes
-SPLIT_BYTES = 2 ** 25   # on a CPU more than this between the two matmuls of all experts would leave the cache
+SPLIT_BYTES = 2 ** 24   # on a CPU more than this between the two matmuls of all experts would leave the cache
 
 
 def moe(x, ids, weights, k, w_in, w_out):
     """The routed experts of one layer, each token with its own number of them.
 
-    x (P,C); ids (P,k_max) int64 and weights (P,k_max) from `select`; k (P,) integer in 1..k_max;
+    x (P,C); ids (P,k_max) int64 and weights (P,k_max) from `select`; k (P,) integer in 1..k_max, None: all;
     w_in (N,2F,C), gate rows then up rows; w_out (N,C,F)  ->  (P,C) in x's dtype, accumulated in fp32.
-    The rule: few tokens without gradients on CUDA static, everything else exact. AssertionErrors name what
+    The rule (`path_of`): without gradients, on CUDA static up to STATIC_TOKENS, on a CPU few for one token,
+    and in bf16 up to FEW_TOKENS where experts are large; everything else exact. AssertionErrors name what
     breaks the contract; only static does not look at the values of k and ids, which would be a host sync.
     """
-    shapes = x.shape, ids.shape, weights.shape, k.shape
-    assert ids.shape == weights.shape and len(ids) == len(x) == len(k), shapes
+    shapes = x.shape, ids.shape, weights.shape, None if k is None else k.shape
+    assert ids.shape == weights.shape and len(ids) == len(x) and (k is None or len(k) == len(x)), shapes
     for name, width in (('C', w_in.shape[2]), ('F', w_out.shape[2])):
         assert width * x.element_size() % 16 == 0, \
             f'{name} = {width} in {x.dtype} is no whole number of 16 bytes, which grouped matmuls need'
     if len(x) == 0:
         return torch.zeros_like(x)
     warn_of_fallback(x)
-    static = x.is_cuda and not torch.is_grad_enabled() and len(x) <= STATIC_TOKENS
-    return (moe_static if static else moe_exact)(x, ids, weights, k, w_in, w_out)
+    if k is None:
+        k = torch.full((len(x),), ids.shape[1], device=x.device)
+    return path_of(len(x), w_in)(x, ids, weights, k, w_in, w_out)
+
+
+def path_of(P, w_in):
+    """The path that `moe` takes for P tokens and these experts."""
+    if torch.is_grad_enabled():
+        return moe_exact
+    if w_in.is_cuda:
+        return moe_static if P <= STATIC_TOKENS else moe_exact
+    large = w_in.dtype == torch.bfloat16 and w_in[0].numel() > LARGE
+    return moe_few if P == 1 or large and P <= FEW_TOKENS else moe_exact
 
 
 def checked(ids, k, ends):

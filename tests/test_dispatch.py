@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe_dispatch
 from allocator import TopK
 from conftest import random_model, tiny_config
-from moe_dispatch import flops, moe, moe_exact, moe_loop, moe_static, select
+from moe_dispatch import flops, moe, moe_exact, moe_few, moe_loop, moe_static, select
 
 P, C, F, N = 37, 16, 24, 6
 
@@ -98,6 +98,35 @@ def test_another_tokens_infinity_stays_there():
     torch.testing.assert_close(poisoned[keep], clean[keep])
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize('name', CASES)
+def test_few_equals_the_loop(name, dtype, tolerance):
+    args = [a.to(dtype) if a.is_floating_point() and i != 2 else a for i, a in enumerate(CASES[name]())]
+    slow = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
+    for p in (1, 2, P):
+        few = [a[:p] if len(a) == P else a for a in args]
+        with torch.no_grad():
+            found = moe_few(*few)
+        assert found.dtype == dtype and (found.float() - slow[:p]).abs().max() < tolerance * slow.abs().max()
+
+
+def test_the_rule_that_chooses_a_path(monkeypatch):
+    small, large = torch.zeros(N, 2 * F, C), torch.zeros(1, 2, 2 ** 20, dtype=torch.bfloat16)
+    assert moe_dispatch.path_of(1, small) is moe_exact         # with gradients always
+    with torch.no_grad():
+        assert moe_dispatch.path_of(1, small) is moe_few and moe_dispatch.path_of(2, small) is moe_exact
+        assert moe_dispatch.path_of(32, large) is moe_few and moe_dispatch.path_of(33, large) is moe_exact
+        assert moe_dispatch.path_of(2, large.float()) is moe_exact
+
+
+def test_no_k_means_every_choice():
+    x, ids, weights, k, w_in, w_out = case(torch.full((P,), 3), k_max=3)
+    same_ids, same_weights = select(torch.rand(P, N), None, 3, True)
+    assert (same_weights > 0).all() and same_ids.shape == (P, 3)
+    slow = moe_loop(x, ids, weights, k, w_in, w_out)
+    torch.testing.assert_close(moe(x, ids, weights, None, w_in, w_out), slow)
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_static_equals_the_loop_and_reads_no_garbage(name):
     args = CASES[name]()
@@ -118,7 +147,7 @@ def test_one_token_and_random_k_in_bf16():
         args = [a[:p] if len(a) == P else a for a in args]
         poison()
         with torch.no_grad():
-            for path in (moe_exact, moe_static):
+            for path in (moe_exact, moe_static, moe_few):
                 exact = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
                 assert (path(*args).float() - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -142,6 +171,9 @@ def test_wrong_plans_are_refused_with_the_value(damage, says):
     damage(args)
     with pytest.raises(AssertionError, match=re.escape(says)):
         moe(*args)
+    if len(args[3]) == P and 'F' not in says:
+        with pytest.raises(AssertionError, match='must lie in'):
+            moe_few(*args)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')

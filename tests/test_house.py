@@ -16,7 +16,7 @@ FLOORS = [
     ['allocator', 'hub.plug'],
     ['ppo'],
     ['scale.memory', 'scale.stream', 'scale.shard'],
-    ['run.ranks', 'run.console', 'run.state', 'run.evaluate', 'run.report', 'run.speed', 'run.rules',
+    ['run.ranks', 'run.console', 'run.state', 'run.evaluate', 'run.report', 'run.beside', 'run.speed', 'run.rules',
      'run.start'],
     ['base.documents', 'base.text', 'base.pretrain'],
     ['base.frozen'],
