@@ -192,8 +192,7 @@ def run_settings(run):
         raise InputError(f'{path}: written by another version of train.py (setting {min(odd)}); '
                          f'train it again')
     for field in fields(Settings):
-        kind = [float, None] if field.name == 'lam' else [field.type]
-        checked(config, field.name, path, *kind)
+        checked(config, field.name, path, *([float, None] if field.name == 'lam' else [field.type]))
     if not config['ckpt'] and not (Path(run) / 'base' / 'recipe.json').exists():
         raise InputError(f'{run}: the run is not complete, its base model is missing; '
                          f'run train.py --out {run} again')

@@ -1,14 +1,14 @@
 """hub/plug.py: a policy of allocator.py inside a model of transformers, and out of it again.
 
-    tally = attach(model, 'out/deep/allocator.safetensors')     # or any policy: Skip(0.5, 2), TopP(0.4, 8), ..
-    model.generate(**inputs)                                    # as always
-    tally.mean()                                                # mean k over layers and tokens, padding left out
-    detach(model)                                               # as if nothing had been
+    tally = attach(model, 'out/deep/allocator.safetensors')     or any policy: Skip(0.5, 2), TopP(0.4, 8), ..
+    model.generate(**inputs)                                    as always
+    tally.mean()                                                mean k over layers and tokens, without padding
+    detach(model)                                               as if nothing had been
 
 The routers of transformers 5 return (logits, weights, indices) to experts of any number of choices. A forward
-hook on each router asks the policy for k and gives the unused choices weight 0 and the index N, one beyond the
-last expert: `eager` experts skip it, `grouped_mm` experts compute no rows for it once they are told, as under
-expert parallelism, that such indices exist. Tried with transformers 5.17 and 5.23.
+hook on each router asks the policy for k and gives the unused choices weight 0 and the index N, one beyond
+the last expert: `eager` experts skip it, `grouped_mm` experts compute no rows for it once they are told, as
+under expert parallelism, that such indices exist. Tried with transformers 5.23.
 """
 import copy
 

@@ -3,8 +3,8 @@
     python -m study.tasks arc_challenge,hellaswag --ckpt mixtral-8x7b --run out/mixtral-8x7b --device auto
     python -m study.tasks my_task.yaml --run out/deep --limit 100
 
-Needs `pip install lm-eval transformers accelerate`. The model is transformers', read and scored by the harness;
-Top-K is the model as it is, the other policy is attached to it (hub/plug.py).
+Needs `pip install lm-eval transformers accelerate`. The model is transformers', read and scored by the
+harness; Top-K is the model as it is, the other policy is attached to it (hub/plug.py).
 """
 import functools
 import os
@@ -24,7 +24,7 @@ from study.policies import POLICIES, make_policy
 
 
 def open_model(a, folder):
-    """The harness's own model over a checkpoint folder; InputError where a package or the device is missing."""
+    """The harness's own model over a checkpoint folder; InputError where a package or device is missing."""
     os.environ.update(LOGLEVEL='ERROR', TRANSFORMERS_VERBOSITY='error', DISABLE_MULTIPROC='1')     # no forks
     try:
         import tqdm
@@ -35,8 +35,8 @@ def open_model(a, folder):
             folder, dtype='auto', device_map=a.device, experts_implementation='grouped_mm')
         return HFLM(model.eval(), tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=a.batch)
     except Exception as e:                                     # of many kinds, from three packages
-        raise InputError(f'tasks: {" ".join(str(e).split())[:300]}; it needs: pip install lm-eval transformers '
-                         f'accelerate') from None
+        raise InputError(f'tasks: {" ".join(str(e).split())[:300]}; '
+                         f'it needs: pip install lm-eval transformers accelerate') from None
 
 
 class Lengths:
@@ -78,7 +78,8 @@ def run_task(a, lm, name, policy, c):
         if policy:
             detach(lm.model)
     if policy:
-        params, T = isinstance(policy, AdaK) and policy.allocators.weight.numel(), lengths.total / lengths.tokens
+        params = policy.allocators.weight.numel() if isinstance(policy, AdaK) else 0
+        T = lengths.total / lengths.tokens
         cost, topk = flops(c, tally.mean(), T, params), flops(c, c.top_k, T)
         ran = {'mean_k': tally.mean(), 'expert_flops': cost['experts'] / topk['experts'],
                'total_flops': cost['total'] / topk['total']}
@@ -102,7 +103,8 @@ def task_lines(rows, policies):
     for (_, task, metric), side in cases.items():
         shown = [f'{r["value"]:.4f}' + (f' ± {r["stderr"]:.4f}' if r['stderr'] else '') for r in side]
         last = [f'{side[-1][name]:.3f}' for name in ('expert_flops', 'total_flops')]
-        lines.append([task, str(side[0]['shots']), metric, *shown, *(f'{r["mean_k"]:.3f}' for r in side), *last])
+        shown += [f'{r["mean_k"]:.3f}' for r in side]
+        lines.append([task, str(side[0]['shots']), metric, *shown, *last])
     head = ['task', 'shots', 'metric', *policies, *(f'mean k, {name}' for name in policies)]
     return markdown([*head, 'expert FLOPs', 'total FLOPs'], lines)
 
@@ -113,7 +115,7 @@ def main(argv=None):
     p.add_argument('--run', default='', help='a run of train.py: its base and its allocators')
     p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
     p.add_argument('--policy', help=f'{POLICIES} (default: ada-k with --run, else top-k)')
-    p.add_argument('--device', default='cpu', help='cpu, cuda, .., or auto: spread over all GPUs (default cpu)')
+    p.add_argument('--device', default='cpu', help='cpu, cuda, .. or auto: over all GPUs (default cpu)')
     p.add_argument('--batch', type=int, default=1, help='texts of a pass (default 1)')
     p.add_argument('--limit', type=int, help='the first so many examples of each task')
     p.add_argument('--shots', type=int, help='examples in the prompt (default: as the task says)')

@@ -139,7 +139,7 @@ def main(folder, device):
         if gpu
         else dict(dim=1024, head_dim=64, n_heads=16, n_kv_heads=4, expert_dim=3584)
     )
-    config = Config(**sizes, n_layers=6 if gpu else 24, n_experts=8, top_k=2, n_vocab=1024)
+    config = Config(**sizes, n_layers=4 if gpu else 24, n_experts=8, top_k=2, n_vocab=1024)
     if not (folder / 'config.json').exists():
         make(folder, config)
     size = sum(p.stat().st_size for p in folder.glob('*.safetensors')) / 1e9
@@ -151,7 +151,7 @@ def main(folder, device):
         'layers': config.n_layers,
         'C': config.dim,
         'F': config.expert_dim,
-        'rows': stack(folder, device, (8192, 16384, 32768, 65536) if gpu else (1024, 4096), 7 if gpu else 5),
+        'rows': stack(folder, device, (16384, 65536) if gpu else (1024, 4096), 3 if gpu else 5),
     }
     print(table(results))
     write_json(ROOT / f'assets/stream{"-cuda" * gpu}.json', results)

@@ -45,7 +45,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope='module')
 def done(smoke, tmp_path_factory):
-    """(folder with tasks.json, questions, the policy of the run) after both kinds of tasks, three texts a pass."""
+    """(folder with tasks.json, questions, the policy of the run) after tasks of both kinds."""
     out = tmp_path_factory.mktemp('tasks')
     questions = [{'question': ' '.join(WORDS[(i + j) % 12] for j in range(n)), 'answer': i % 3,
                   'choices': [WORDS[i % 12], 'the', 'x'][:3]} for i, n in enumerate([1, 5, 2, 9, 3, 7] * 3)]
@@ -101,7 +101,8 @@ def test_limit_shots_and_a_policy_by_name(smoke, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args, says', [
-    (['no_such_task.yaml'], 'no_such_task.yaml'), (['broken.yaml'], 'broken.yaml'), (['lost.yaml'], 'lost.yaml'),
+    (['no_such_task.yaml'], 'no_such_task.yaml'), (['broken.yaml'], 'broken.yaml'),
+    (['lost.yaml'], 'lost.yaml'),
     (['x.yaml', '--limit', '0'], 'limit is 0'), (['x.yaml', '--shots', '-1'], 'shots is -1'),
     (['x.yaml', '--policy', 'k=99'], 'k=99'), (['x.yaml', '--device', 'tpu9'], 'tasks: '),
     (['x.yaml', '--batch', '0'], 'batch is 0')])
