@@ -13,6 +13,7 @@ root = Path(__file__).parent.parent
 sys.path[:0] = [str(root), str(root / 'tests')]
 from measure_plan import table as plan_rows  # noqa: E402
 from measure_stream import table as stream_rows  # noqa: E402
+from run.beside import beside_lines  # noqa: E402
 from run.report import markdown, table as result_rows  # noqa: E402
 from run.speed import claims, milliseconds, model_lines, roofline  # noqa: E402
 from study.ablations import ablation_table  # noqa: E402
@@ -85,6 +86,10 @@ def speed(r):
     return f'{claims(rows)}\n\n{caption(r)}'
 
 
+def beside(r):
+    return beside_lines(r['beside'])
+
+
 def whole_model(r):
     m = r['model']
     sizes = ', '.join(f'{name} {m[name]}' for name in ('C', 'F', 'N', 'K', 'layers', 'V', 'T', 'dtype'))
@@ -93,7 +98,7 @@ def whole_model(r):
 
 def bench(r):
     rows = r['dispatch']
-    parts = [caption(r), '## A whole model', whole_model(r), '## The experts of one layer',
+    parts = [caption(r), '## A whole model', whole_model(r), '## Beside transformers', beside(r), '## The experts of one layer',
              'By the path that the model takes:', claims(rows), '## Roofline', roofline(rows),
              '## Every path in milliseconds', milliseconds(rows)]
     return '\n\n'.join(parts)

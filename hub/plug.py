@@ -1,14 +1,10 @@
 """hub/plug.py: a policy of allocator.py inside a model of transformers, and out of it again.
 
-    tally = attach(model, 'out/deep/allocator.safetensors')     or any policy: Skip(0.5, 2), TopP(0.4, 8), ..
-    model.generate(**inputs)                                    as always
-    tally.mean()                                                mean k over layers and tokens, without padding
-    detach(model)                                               as if nothing had been
-
 The routers of transformers 5 return (logits, weights, indices) to experts of any number of choices. A forward
 hook on each router asks the policy for k and gives the unused choices weight 0 and the index N, one beyond
 the last expert: `eager` experts skip it, `grouped_mm` experts compute no rows for it once they are told, as
-under expert parallelism, that such indices exist. Tried with transformers 5.23.
+under expert parallelism, that such indices exist. Tried with transformers 5.23; 5.17 and 5.2 build their
+experts in another way and are refused.
 """
 import copy
 
@@ -36,8 +32,7 @@ def attach(model, policy):
     if not callable(policy):
         policy = AdaK(Allocators.load(policy, config, router_digest(b.gate.weight for b in blocks)))
     if policy.k_max > config.n_experts:
-        raise InputError(f'attach: the policy may run {policy.k_max} experts, '
-                         f'the model has {config.n_experts}')
+        raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
     tally.blocks, tally.handles = blocks, [model.register_forward_pre_hook(tally.see, with_kwargs=True)]
     for layer, block in enumerate(blocks):
@@ -62,16 +57,13 @@ def detach(model):
 class Tally(Counted):
     """How often each k was chosen in each layer, `counts` (L,k_max+1), at tokens that are no padding."""
 
-    def __init__(self, policy, n_layers):
-        super().__init__(policy, n_layers)
-        self.real = None
+    real = None                     # which tokens of this pass, (P,) bool; None: all
 
     def see(self, model, args, kwargs):
-        """Before every pass: which of its tokens are real (P,), by the attention mask where there is one."""
+        """Before every pass: which of its tokens are real, by the attention mask where there is one."""
         mask, ids = kwargs.get('attention_mask'), kwargs.get('input_ids', args[0] if args else None)
-        self.real = None
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None:
-            self.real = mask[:, -ids.shape[1]:].flatten().bool()
+        known = isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None
+        self.real = mask[:, -ids.shape[1]:].flatten().bool() if known else None
 
     def add(self, layer, k):
         real = slice(None) if self.real is None else self.real.to(k.device)
