@@ -35,20 +35,15 @@ def table(r):
 
 
 def frontier(r):
-    note = (
-        f'{r["tokens"]:,} held-out tokens of {r["documents"]} files, {r["threads"]} CPU cores, torch '
-        f'{r["torch"]}, {r["seconds"] / 60:.0f} minutes in all; ± is one standard error: tokens clustered by '
-        f'file, and the spread over seeds.'
-    )
+    note = (f'{r["tokens"]:,} held-out tokens of {r["documents"]} files, torch {r["torch"]}; ± is one standard '
+            f'error: tokens clustered by file, and the spread over seeds.')
     return f'{frontier_table(r["rows"])}\n\n{note}'
 
 
 def bases(r):
-    base, minutes = r['deep'], sum(one['seconds'] for one in r.values()) / 60
-    note = (
-        f'{base["seeds"]} seeds where trained; one CPU core a base, torch {base["torch"]}, {minutes:.0f} '
-        f'core-minutes in all; ± is one standard error: tokens clustered by file, and the spread over seeds.'
-    )
+    base = r['deep']
+    note = (f'{base["seeds"]} seeds where trained; torch {base["torch"]}; ± is one standard error: tokens '
+            f'clustered by file, and the spread over seeds.')
     return f'{bases_table(r)}\n\n{note}'
 
 
@@ -98,7 +93,8 @@ def whole_model(r):
 
 def bench(r):
     rows = r['dispatch']
-    parts = [caption(r), '## A whole model', whole_model(r), '## Beside transformers', beside(r), '## The experts of one layer',
+    parts = [caption(r), '## A whole model', whole_model(r), '## Beside transformers', beside(r),
+             '## The experts of one layer',
              'By the path that the model takes:', claims(rows), '## Roofline', roofline(rows),
              '## Every path in milliseconds', milliseconds(rows)]
     return '\n\n'.join(parts)

@@ -59,6 +59,7 @@ def twin_of(model):
         with torch.device('meta'):
             twin = transformers.MixtralForCausalLM(config).eval()
         twin.load_state_dict(tensors, assign=True)
+        twin.requires_grad_(False)
         twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)        # not a weight
         tokens = torch.arange(8, device=model.device)[None]
         assert (twin(tokens).logits - model(tokens)).abs().max() < 0.1, 'other logits'
@@ -70,7 +71,8 @@ def twin_of(model):
 
 def write(twin, tokens, n):
     """n tokens behind tokens (B,T) by transformers' own loop, greedy."""
-    return twin.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+    return twin.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, min_new_tokens=n,
+                         do_sample=False, pad_token_id=0)
 
 
 def stages_of(tokens, n):

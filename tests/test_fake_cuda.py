@@ -1,4 +1,4 @@
-"""Every CUDA path on tensors without numbers: no device is mixed with another, no decoding step waits for the host.
+"""Every CUDA path on tensors without numbers: devices do not mix, no decoding step waits for the host.
 
 Fake tensors know shapes, dtypes and devices only; an operation that needs a value on the host raises. They
 need a torch with CUDA compiled in, not a GPU.

@@ -169,3 +169,11 @@ def test_bpe_joins_what_it_has_learnt(tokenizer):
 def test_every_byte_has_a_token(tokenizer):
     every = sorted(tokenizer.bytes_of_id[i] for i in range(256))
     assert every == [bytes([b]) for b in range(256)]
+
+
+def test_a_cache_that_is_full_says_so():
+    model = random_model(tiny_config())
+    cache = Cache(model.config, 1, 4, 'cpu', torch.float32)
+    model(torch.zeros(1, 3, dtype=torch.long), None, cache)
+    with pytest.raises(AssertionError, match='5 tokens in a cache of 4'):
+        model(torch.zeros(1, 2, dtype=torch.long), None, cache)

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from allocator import AdaK, Allocators, RandomMix, Skip, TopK, TopP
+from conftest import random_model, tiny_config
 from hub.checkpoint import load, router_digest, routers_of
 from hub.config import read_config
 from hub.files import InputError
 from hub.plug import attach, detach
 from model import generate
+from run.beside import beside, beside_lines, twin_of, write
 
 transformers = pytest.importorskip('transformers', minversion='5.23')
 GOLDEN = Path(__file__).parent / 'golden'
@@ -124,6 +126,33 @@ def test_the_lines_of_the_readme_run_as_they_stand(smoke, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     exec(lines, {})
     assert re.search(r'mean k [\d.]+ of 4', capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------- whole models beside each other
+
+def test_the_twin_is_the_same_model_in_the_same_memory():
+    model = random_model(tiny_config(dim=32, expert_dim=16, top_k=2))
+    twin, tokens = twin_of(model), torch.randint(50, (2, 9))
+    assert (twin(tokens).logits - model(tokens)).abs().max() < 1e-5 * model(tokens).abs().max()
+    model.layers[1].mlp.w_in[0, 0, 0] += 1
+    assert twin.model.layers[1].mlp.experts.gate_up_proj[0, 0, 0] == model.layers[1].mlp.w_in[0, 0, 0]
+    assert torch.equal(write(twin, tokens, 5), generate(model, tokens, 5))
+
+
+def test_every_stage_is_timed_and_a_version_that_is_not_known_costs_its_rows_only(monkeypatch, capsys):
+    model, tokens = random_model(tiny_config(dim=32, expert_dim=16, top_k=2)), torch.randint(50, (1, 160))
+    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny', lambda: None)
+    assert {(r['stage'], r['case']) for r in rows} == {
+        (stage, case) for stage in ('prefill', 'batch 1', 'batch 8')
+        for case in ('ours, K', 'ours, fewer', 'transformers, eager', 'transformers, grouped_mm',
+                     'attached, eager', 'attached, grouped_mm')}
+    assert all(r['tokens_per_s'] == pytest.approx(1000 * n / r['ms']) for r in rows
+               for n in [{'prefill': 160, 'batch 1': 3, 'batch 8': 24}[r['stage']]])
+    another = torch.nn.Linear(1, 1).load_state_dict            # knows no such tensors
+    monkeypatch.setattr(transformers.MixtralForCausalLM, 'load_state_dict', another)
+    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny', lambda: None)
+    assert {r['case'] for r in rows} == {'ours, K', 'ours, fewer'}
+    assert 'builds Mixtral in another way' in capsys.readouterr().out and '| - |' in beside_lines(rows)
 
 
 # ---------------------------------------------------------------- bad input
