@@ -28,8 +28,18 @@ POLICIES = {
     'ada-k as published': lambda c: ada_k(c, False)}
 
 
+def made(kind, *args, dtype=torch.float32):
+    """A module that is made on the device and in the dtype: a fake one cannot be moved there."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device('cuda'):
+            return kind(*args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def ada_k(c, extended):
-    return AdaK(Allocators(c, 4, extended).to('cuda'))
+    return AdaK(made(Allocators, c, 4, extended))
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +54,7 @@ def fake(monkeypatch):
 def model_of(family, T=6):
     """(model, tokens (2,T)) on the device."""
     c = tiny_config(**{**SIZES, **FAMILIES[family]})
-    with torch.device('cuda'):
-        return Transformer(c).to(torch.bfloat16), torch.randint(50, (2, T))
+    return made(Transformer, c, dtype=torch.bfloat16), torch.randint(50, (2, T), device='cuda')
 
 
 @pytest.mark.parametrize('policy', POLICIES)
@@ -76,7 +85,7 @@ def test_rollout_reward_and_update(family, monkeypatch):
     monkeypatch.setattr(moe_dispatch, 'STATIC_TOKENS', 10 ** 6)
     model, tokens = model_of(family, 12)
     c, L, P = model.config, len(model.config.moe_layers), 24
-    allocators = Allocators(c, 4, True).to('cuda')
+    allocators = made(Allocators, c, 4, True)
     s = train.Settings(group=2, ppo_batch=2, seq=12)
     for reward in ('expected', 'sampled'):
         rollout = Rollout(allocators, torch.rand(L, 2 * P, device='cuda'))
