@@ -35,8 +35,8 @@ def table(r):
 
 
 def frontier(r):
-    note = (f'{r["tokens"]:,} held-out tokens of {r["documents"]} files, torch {r["torch"]}; ± is one standard '
-            f'error: tokens clustered by file, and the spread over seeds.')
+    note = (f'{r["tokens"]:,} held-out tokens of {r["documents"]} files, torch {r["torch"]}; ± is one '
+            f'standard error: tokens clustered by file, and the spread over seeds.')
     return f'{frontier_table(r["rows"])}\n\n{note}'
 
 
