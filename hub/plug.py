@@ -3,13 +3,11 @@
 The routers of transformers 5 return (logits, weights, indices) to experts of any number of choices. A forward
 hook on each router asks the policy for k and gives the unused choices weight 0 and the index N, one beyond
 the last expert: `eager` experts skip it, `grouped_mm` experts compute no rows for it once they are told, as
-under expert parallelism, that such indices exist. Tried with transformers 5.23; 5.17 and 5.2 build their
-experts in another way and are refused.
+under expert parallelism, that such indices exist. Tried with transformers 5.23; 5.17 and 5.2 are refused.
 """
 import copy
 
 import torch
-import torch.nn.functional as F
 
 from allocator import AdaK, Allocators, Counted
 from hub.checkpoint import router_digest
@@ -19,7 +17,6 @@ from moe_dispatch import select, used
 
 ROUTERS = {'mixtral': 'MixtralTopKRouter', 'qwen2_moe': 'Qwen2MoeTopKRouter',
            'qwen3_moe': 'Qwen3MoeTopKRouter', 'olmoe': 'OlmoeTopKRouter'}
-EXPERTS = 'eager', 'grouped_mm', 'batched_mm'
 
 
 def attach(model, policy):
@@ -75,7 +72,7 @@ def router_hook(layer, policy, config, tally):
     def hook(router, args, outputs):
         logits, weights, _ = outputs
         x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
-        probs = F.softmax(logits, dim=-1, dtype=torch.float32)              # (P,N)
+        probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
         k = policy(layer, x, probs)                                         # (P,)
         tally.add(layer, k)
         width = int(k.max()) if k.device.type == 'cpu' else policy.k_max   # a GPU would have to wait for it
@@ -87,11 +84,10 @@ def router_hook(layer, policy, config, tally):
 
 def on_device(policy, device):
     """The policy where a layer is: transformers may spread a model over devices."""
-    if not isinstance(policy, AdaK) or policy.allocators.weight.device == device:
-        return policy
-    moved = copy.copy(policy)
-    moved.allocators, moved.shift = copy.deepcopy(policy.allocators).to(device), policy.shift.to(device)
-    return moved
+    if isinstance(policy, AdaK) and policy.allocators.weight.device != device:
+        policy, allocators = copy.copy(policy), copy.deepcopy(policy.allocators).to(device)
+        policy.allocators, policy.shift = allocators, policy.shift.to(device)
+    return policy
 
 
 def checked_blocks(model):
@@ -119,6 +115,6 @@ def checked_blocks(model):
             raise InputError('attach: somebody has changed a router of this model already')
         if (dtype := experts.gate_up_proj.dtype).itemsize == 1 or not dtype.is_floating_point:
             raise InputError(f'attach: experts of {dtype} are not supported')
-    if (way := hf._experts_implementation) not in EXPERTS:
-        raise InputError(f'attach: experts_implementation {way!r} is not known, only {", ".join(EXPERTS)}')
+    if (way := hf._experts_implementation) not in ('eager', 'grouped_mm', 'batched_mm'):
+        raise InputError(f'attach: experts_implementation {way!r} is not known, eager or grouped_mm is')
     return blocks, config
