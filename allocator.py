@@ -152,7 +152,7 @@ class Allocators(nn.Module):
         if type(k_max) is not int or k_max < 1 or type(extended) is not bool or type(base) is not dict:
             raise InputError(f'{path}: k_max {k_max}, extended {extended}, base {base} in its header make no '
                              f'sense; train it again')
-        allocators = cls(config, min(k_max, config.n_experts), extended)
+        allocators = cls(config, min(k_max, config.n_experts), extended)    # a damaged k_max takes no memory
         for name, ours in allocators.fingerprint.items():
             theirs = base.get(name)
             if ours != theirs:

@@ -32,35 +32,11 @@ from run.console import OneLineParser, model_flags, one_line_errors, open_model_
 from run.ranks import ranks
 from run.speed import (claims, dispatch_figure, milliseconds, model_figure, model_lines, roofline,
                        roofline_figure)
+from run.timing import interleaved, summary, synchronize
 from train import Settings, settings_of
 
 
-# ================================================================ timing
-
-def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-
-
-def interleaved(cases, rounds, device):
-    """{name: [seconds, ..]} of callables, in turn in every round; the first round warms up and is dropped."""
-    times = {name: [] for name in cases}
-    for r in range(rounds + 1):
-        for name, run in cases.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if r:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def summary(times):
-    """Median and quartiles in milliseconds of two or more times in seconds."""
-    low, middle, high = statistics.quantiles([1000 * t for t in times], n=4)
-    return {'ms': middle, 'low': low, 'high': high}
-
+# ================================================================ the machine
 
 def machine(device):
     """What this machine reaches: copy (bytes read plus written) in bytes/s, matmuls in FLOP/s by dtype."""
@@ -360,7 +336,7 @@ def bench_machine(a):
     whole = []
     for what, model, tokens in whole_models(device, a.quick):
         new = 4 if a.quick else 16
-        whole += beside(model, tokens, fewer(model, tokens, 0.7), new, 3, what, lambda: synchronize(device))
+        whole += beside(model, tokens, fewer(model, tokens, 0.7), new, 3, what)
     print(f'\n{beside_lines(whole)}', flush=True)
     write_json(out / 'bench.json', {'machine': name, 'torch': torch.__version__, 'reached': reached,
                                     'seed': a.seed,

@@ -9,13 +9,13 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import sys
 import sysconfig
 from pathlib import Path
 from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError, generate_tokens
 
 from hub.files import InputError
+from hub.tokenizer import SURROGATES
 
 KINDS = '.txt', '.jsonl', '.py'
 # not in the default text; pydoc_data is one generated page, as long as all other files of a split together
@@ -23,7 +23,6 @@ LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__', 'pydoc
 LEAST_DOCUMENTS = 20    # fewer are cut into pieces, so that every split gets some
 PIECE = 65536           # characters, at most
 LEAST_PROSE = 200       # characters of a document of prose
-SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character, which JSON can spell and UTF-8 cannot
 MARKS = {codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 
 

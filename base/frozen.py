@@ -5,8 +5,8 @@ import time
 
 import torch
 
-from base.pretrain import RECIPE, base_recipe, learn_base
 from base.documents import read_documents, split_documents
+from base.pretrain import RECIPE, base_recipe, learn_base
 from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
 from hub.checkpoint import (find_checkpoint, fingerprint, hub_tensors, load, router_digest, routers_of, save,
                             weight_dtype)

@@ -26,7 +26,7 @@ def byte_characters():
 
 
 def one_of(step, steps, where):
-    """The maker of a step by its type, {type: function of (step, where)}; None for no step at all."""
+    """What the maker of a step makes of it; steps: the makers by type, {type: function of (step, where)}."""
     kind = step.get('type') if isinstance(step, dict) else step
     if not isinstance(kind, str) or kind not in steps:
         raise InputError(f'{where}: {kind!r} is not supported, only {", ".join(steps)}')

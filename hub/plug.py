@@ -62,9 +62,9 @@ class Tally(Counted):
         known = isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None
         self.real = mask[:, -ids.shape[1]:].flatten().bool() if known else None
 
-    def add(self, layer, k):
-        real = slice(None) if self.real is None else self.real.to(k.device)
-        self.counts[layer] += torch.bincount(k[real], minlength=self.k_max + 1).cpu()
+    def count(self, layer, x, probs, k):
+        real = k if self.real is None else k[self.real.to(k.device)]
+        super().count(layer, x, probs, real.to(self.counts.device))
 
 
 def router_hook(layer, policy, config, tally):
@@ -74,7 +74,7 @@ def router_hook(layer, policy, config, tally):
         x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
         probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
         k = policy(layer, x, probs)                                         # (P,)
-        tally.add(layer, k)
+        tally.count(layer, x, probs, k)
         width = int(k.max()) if k.device.type == 'cpu' else policy.k_max   # a GPU would have to wait for it
         ids, chosen = select(probs, k, width, config.norm_topk)             # (P,width) both
         ids = torch.where(used(k, width), ids, config.n_experts)

@@ -15,7 +15,7 @@ from hub.files import InputError, checked, read_object
 from hub.pipeline import byte_characters, normalizer, options, post_processor, pre_tokenizer
 from hub.regex import compiled
 
-SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character that no UTF-8 can spell
+SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character, which JSON can spell and UTF-8 cannot
 
 
 class Added:

@@ -4,8 +4,8 @@ Rows are of one model, dtype and stage: reading a prompt, or writing behind one 
 runs: ours at K, ours with allocators that run fewer experts, transformers' two ways at K, and the better of
 them with our allocators attached.
 """
+import contextlib
 import statistics
-import time
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,7 @@ from hub.files import InputError
 from hub.plug import attach, detach
 from model import generate
 from run.report import markdown
+from run.timing import interleaved, summary
 
 WAYS = 'eager', 'grouped_mm'
 PROMPT = 16             # tokens before those that are written
@@ -69,6 +70,13 @@ def twin_of(model):
     return twin
 
 
+@contextlib.contextmanager
+def attached(twin, policy):
+    attach(twin, policy)
+    yield
+    detach(twin)
+
+
 def write(twin, tokens, n):
     """n tokens behind tokens (B,T) by transformers' own loop, greedy."""
     return twin.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, min_new_tokens=n,
@@ -82,7 +90,7 @@ def stages_of(tokens, n):
 
 
 @torch.no_grad()
-def beside(model, tokens, policy, n, rounds, name, synchronize):
+def beside(model, tokens, policy, n, rounds, name):
     """The rows of one model: tokens (1,T) are read, n are written; `policy` runs fewer experts."""
     try:
         twin = twin_of(model)
@@ -97,30 +105,20 @@ def beside(model, tokens, policy, n, rounds, name, synchronize):
         def theirs(way):
             twin.config._experts_implementation = way
             return write(twin, prompt, new) if new else twin(prompt)
+        def around(case):
+            return attached(twin, policy) if case.startswith('attached') else contextlib.nullcontext()
         cases = {'ours, K': lambda: ours(None), 'ours, fewer': lambda: ours(policy)}
         if twin:
             for who in ('transformers', 'attached'):
                 cases.update({f'{who}, {way}': lambda way=way: theirs(way) for way in WAYS})
-        times = {case: [] for case in cases}
-        for r in range(rounds + 1):                            # the first round warms up
-            for case, run in cases.items():
-                if attached := case.startswith('attached'):
-                    attach(twin, policy)
-                synchronize()
-                start = time.perf_counter()
-                run()
-                synchronize()
-                if r:
-                    times[case].append(time.perf_counter() - start)
-                if attached:
-                    detach(twin)
+        times = interleaved(cases, rounds, model.device, around)
         tally = Counted(policy, len(model.config.moe_layers), model.device)
         generate(model, prompt, new, tally) if new else model(prompt, tally)
+        n_tokens = prompt.shape[0] * (new or prompt.shape[1])
         for case, spent in times.items():
-            low, middle, high = statistics.quantiles(spent, n=4)
             rows.append({'model': name, 'dtype': str(model.dtype).removeprefix('torch.'), 'stage': stage,
-                         'case': case, 'ms': 1000 * middle, 'low': 1000 * low, 'high': 1000 * high,
-                         'tokens_per_s': prompt.shape[0] * (new or prompt.shape[1]) / middle,
+                         'case': case, **summary(spent),
+                         'tokens_per_s': n_tokens / statistics.median(spent),
                          'mean_k': tally.mean(), 'K': model.config.top_k})
     return rows
 

@@ -20,9 +20,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from bench import fewer, interleaved, random_model  # noqa: E402
+from bench import fewer, random_model  # noqa: E402
 from hub.files import write_json  # noqa: E402
 from model import Cache, Decoder  # noqa: E402
+from run.timing import interleaved  # noqa: E402
 
 OUT = ROOT / 'assets' / 'gpu'
 HERE = [sys.executable, __file__]

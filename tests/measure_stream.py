@@ -26,7 +26,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from base.documents import read_documents, split_documents  # noqa: E402
 from base.text import learn_bpe, tokenizer_json  # noqa: E402
-from bench import interleaved, summary  # noqa: E402
 from hub.checkpoint import hub_tensors, load  # noqa: E402
 from hub.config import to_hf  # noqa: E402
 from hub.files import read_json, write_json  # noqa: E402
@@ -34,6 +33,7 @@ from hub.safetensors import write_safetensors  # noqa: E402
 from hub.tokenizer import Tokenizer  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 from run.report import markdown  # noqa: E402
+from run.timing import interleaved, summary  # noqa: E402
 from scale.stream import stream  # noqa: E402
 
 TRAIN = ['--seq', '128', '--ppo-batch', '4', '--ppo-steps', '4', '--preset', 'smoke']

@@ -141,7 +141,7 @@ def test_the_twin_is_the_same_model_in_the_same_memory():
 
 def test_every_stage_is_timed_and_a_version_that_is_not_known_costs_its_rows_only(monkeypatch, capsys):
     model, tokens = random_model(tiny_config(dim=32, expert_dim=16, top_k=2)), torch.randint(50, (1, 160))
-    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny', lambda: None)
+    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny')
     assert {(r['stage'], r['case']) for r in rows} == {
         (stage, case) for stage in ('prefill', 'batch 1', 'batch 8')
         for case in ('ours, K', 'ours, fewer', 'transformers, eager', 'transformers, grouped_mm',
@@ -150,7 +150,7 @@ def test_every_stage_is_timed_and_a_version_that_is_not_known_costs_its_rows_onl
                for n in [{'prefill': 160, 'batch 1': 3, 'batch 8': 24}[r['stage']]])
     another = torch.nn.Linear(1, 1).load_state_dict            # knows no such tensors
     monkeypatch.setattr(transformers.MixtralForCausalLM, 'load_state_dict', another)
-    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny', lambda: None)
+    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny')
     assert {r['case'] for r in rows} == {'ours, K', 'ours, fewer'}
     assert 'builds Mixtral in another way' in capsys.readouterr().out and '| - |' in beside_lines(rows)
 
