@@ -119,14 +119,18 @@ class Allocators(nn.Module):
         facts = 'model_type', 'n_vocab', 'dim', 'n_layers', 'n_experts', 'top_k', 'expert_dim'
         self.fingerprint = {name: getattr(config, name) for name in facts}
 
+    def raw(self, x, probs):
+        """What the map reads, not yet standardised, fp32: x (P,C), probs (P,N) -> (P,n_in)."""
+        z = x.detach().float()
+        if not self.extended:
+            return z
+        p = probs.detach().sort(dim=-1, descending=True).values             # (P,N)
+        ratios = tail_ratios(p[:, :self.top_k])                             # (P,K-1)
+        return torch.cat([z, torch.cat([p, ratios], -1).clamp_min(1e-9).log()], -1)
+
     def inputs(self, layer, x, probs):
         """z (P,n_in) fp32 of one layer, a constant: no gradient flows into the base model."""
-        z = x.detach().float()
-        if self.extended:
-            p = probs.detach().sort(dim=-1, descending=True).values         # (P,N)
-            ratios = tail_ratios(p[:, :self.top_k])                         # (P,K-1)
-            z = torch.cat([z, p.clamp_min(1e-9).log(), ratios.clamp_min(1e-9).log()], dim=-1)
-        return (z - self.mean[layer]) / self.std[layer]
+        return (self.raw(x, probs) - self.mean[layer]) / self.std[layer]
 
     def logits(self, layer, z):
         """(P,n_in) -> (P,k_max); all layers at once with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
@@ -168,13 +172,18 @@ class Allocators(nn.Module):
 
 
 class AdaK:
-    """k by trained allocators: the most probable k. `Rollout` draws from the distribution (eq. 5)."""
+    """k by trained allocators: the most probable k. `Rollout` draws from the distribution (eq. 5).
 
+    One linear map a layer: standardising and the price are made part of its weights once, at the start.
+    """
+
+    @torch.no_grad()
     def __init__(self, allocators, price=None):
-        self.allocators, self.k_max = allocators, allocators.k_max
-        price = allocators.price if price is None else price
-        n = torch.arange(1, self.k_max + 1, device=allocators.weight.device)
-        self.shift = price * n                                              # (k_max,)
+        self.allocators, self.k_max, a = allocators, allocators.k_max, allocators
+        price = torch.arange(1, a.k_max + 1, device=a.weight.device) * (a.price if price is None else price)
+        weight = a.weight / a.std[:, None]                                  # (L,k_max,n_in)
+        bias = a.bias - price - (weight @ a.mean[..., None]).squeeze(-1)    # (L,k_max)
+        self.maps = list(zip(weight, bias))
 
     @classmethod
     def of_run(cls, run, config, device):
@@ -183,8 +192,7 @@ class AdaK:
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
-        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs))     # (P,k_max)
-        return 1 + (logits - self.shift).argmax(-1)
+        return 1 + F.linear(self.allocators.raw(x, probs), *self.maps[layer]).argmax(-1)
 
 
 def sample_k(logp, noise):

@@ -32,25 +32,8 @@ from run.console import OneLineParser, model_flags, one_line_errors, open_model_
 from run.ranks import ranks
 from run.speed import (claims, dispatch_figure, milliseconds, model_figure, model_lines, roofline,
                        roofline_figure)
-from run.timing import interleaved, summary, synchronize
+from run.timing import graphed, interleaved, rates, summary, synchronize
 from train import Settings, settings_of
-
-
-# ================================================================ the machine
-
-def machine(device):
-    """What this machine reaches: copy (bytes read plus written) in bytes/s, matmuls in FLOP/s by dtype."""
-    def best(run):
-        return min(interleaved({'run': run}, 7, device)['run'])
-    n = 2 ** 27 if device.type == 'cpu' else 2 ** 30
-    a = torch.randint(9, (n,), dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    reached = {'copy': 2 * n / best(lambda: b.copy_(a))}
-    m = 1536 if device.type == 'cpu' else 8192
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = (torch.randn(m, m, device=device, dtype=dtype) for _ in range(2))
-        reached[str(dtype).removeprefix('torch.')] = 2 * m ** 3 / best(lambda: x @ y)
-    return reached
 
 
 # ================================================================ table 1: dispatch
@@ -58,14 +41,16 @@ def machine(device):
 # how often k = 1, 2, .. in the variable case: mean 0.75 K, spread as trained allocators have it
 SPREAD_2 = .58, .36, .04, .02
 SPREAD_4 = .07, .19, .44, .27, .03
-# name: C, F, N, K, T of prefill, spread. The last of CUDA is half a Mixtral, one of two GPUs' share
+# name: C, F, N, K, T of prefill, spread, and how uneven the experts' loads are: the spread of a constant of
+# theirs beside router logits of spread 1. The last of CUDA is half a Mixtral, one of two GPUs' share
 SHAPES = {
-    'cpu': {'mixtral-like': (512, 1792, 8, 2, 2048, SPREAD_2),
-            'qwen-like': (512, 352, 60, 4, 2048, SPREAD_4)},
-    'cuda': {'mixtral-8x7b': (4096, 14336, 8, 2, 4096, SPREAD_2),
-             'qwen1.5-moe': (2048, 1408, 60, 4, 16384, SPREAD_4),
-             'mixtral-8x7b/2': (4096, 7168, 8, 2, 1536, SPREAD_2)},
-    'quick': {'quick': (64, 32, 8, 2, 64, SPREAD_2)}}
+    'cpu': {'mixtral-like': (512, 1792, 8, 2, 2048, SPREAD_2, 0),
+            'qwen-like': (512, 352, 60, 4, 2048, SPREAD_4, 0),
+            'qwen-like, uneven': (512, 352, 60, 4, 2048, SPREAD_4, 0.5)},
+    'cuda': {'mixtral-8x7b': (4096, 14336, 8, 2, 4096, SPREAD_2, 0),
+             'qwen1.5-moe': (2048, 1408, 60, 4, 16384, SPREAD_4, 0),
+             'mixtral-8x7b/2': (4096, 7168, 8, 2, 1536, SPREAD_2, 0)},
+    'quick': {'quick': (64, 32, 8, 2, 64, SPREAD_2, 0)}}
 DTYPES = {'cpu': (torch.float32, torch.bfloat16), 'cuda': (torch.bfloat16,)}
 DECODE = {'cpu': (8, 1), 'cuda': (64, 8, 1)}        # tokens of a step
 
@@ -74,18 +59,18 @@ class Experts:
     """Random experts of one layer and a random router: real routing on random tokens."""
 
     def __init__(self, shape, dtype, device):
-        self.C, self.F, self.N, self.K, self.T, self.spread = shape
+        self.C, self.F, self.N, self.K, self.T, self.spread, uneven = shape
         self.device, self.dtype = device, dtype
 
         def make(*size):
             return (torch.randn(*size, device=device) * size[-1] ** -0.5).to(dtype)
-        self.router = make(self.N, self.C)
+        self.router, self.favour = make(self.N, self.C), uneven * torch.randn(self.N, device=device)
         self.w_in, self.w_out = make(self.N, 2 * self.F, self.C), make(self.N, self.C, self.F)
 
     def tokens(self, T, variable):
         """x (T,C), ids and weights (T,k_max), k (T,): everyone K, or k drawn from the spread."""
         x = torch.randn(T, self.C, device=self.device).to(self.dtype)
-        probs = F.softmax((x @ self.router.T).float(), -1)                  # (T,N)
+        probs = F.softmax((x @ self.router.T).float() + self.favour, -1)    # (T,N)
         share = self.spread if variable else [0] * (self.K - 1) + [1]
         share = torch.tensor(share, device=self.device, dtype=torch.float)  # (k_max,)
         # drawn without luck: each k as often as its share says
@@ -103,16 +88,6 @@ def dense_pair(e, rows):
         gate, up = torch.bmm(x, e.w_in.mT).chunk(2, -1)
         return torch.bmm(F.silu(gate).mul_(up), e.w_out.mT)
     return run
-
-
-def graphed(run):
-    """The same as one CUDA graph, without what Python and the launches cost."""
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def dispatch_cases(e, T, variable):
@@ -324,7 +299,7 @@ def bench_machine(a):
     name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    reached = machine(device)
+    reached = rates(device)
     print(f'{name}, torch {torch.__version__}: copy {reached["copy"] / 1e9:.0f} GB/s, matmul '
           f'{reached["float32"] / 1e12:.2f} TFLOP/s in float32, {reached["bfloat16"] / 1e12:.2f} in bfloat16',
           flush=True)

@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.dtype == torch.float32 and not torch.is_grad_enabled():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
@@ -181,10 +181,12 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == 'all':
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (z.view(B, T, -1, self.head_dim).transpose(1, 2) for z in (q, k, v))      # (B,heads,T,D)
-        if self.qk_norm == 'head':
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(torch.cat([q, k], 1), *rope).split([q.shape[1], k.shape[1]], 1)
+        elif self.qk_norm == 'head':
+            q = self.q_norm(q.view(B, T, -1, self.head_dim)).flatten(2)
+            k = self.k_norm(k.view(B, T, -1, self.head_dim)).flatten(2)
+        qk = torch.cat([q, k], -1).view(B, T, -1, self.head_dim).transpose(1, 2)            # (B,heads,T,D)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(qk, *rope).tensor_split((qk.shape[1] - v.shape[1],), dim=1)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                # (B,kv heads,S,D), S seen
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)

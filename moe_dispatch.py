@@ -16,6 +16,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 
 # ---------------------------------------------------------------- which experts, with which weight
@@ -35,7 +36,7 @@ def select(probs, k, k_max, renormalise):
     """
     weights, ids = probs.topk(k_max, dim=-1)                                    # (P,k_max) both
     if k is not None:
-        weights = weights.masked_fill(~used(k, k_max), 0)
+        weights = weights * used(k, k_max)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights
@@ -58,14 +59,22 @@ def moe_loop(x, ids, weights, k, w_in, w_out):
 
 # ---------------------------------------------------------------- on a CPU, and a handful of tokens there
 
-def product(x, w):
-    """x @ w.T on a CPU: x (rows,C), w (F,C) -> (rows,F).
+# from how many rows to how many (w @ x.T).T is faster than x @ w.T on a CPU
+W_FIRST = {torch.bfloat16: (1, 256), torch.float32: (5, 48)}
 
-    In bf16 F.linear of up to 64 rows takes a third longer than the product the other way round.
-    """
-    if x.dtype != torch.bfloat16 or len(x) > 64:
-        return F.linear(x, w)
-    return torch.mv(w, x[0])[None] if len(x) == 1 else torch.mm(w, x.T).T
+
+def product(x, w):
+    """x @ w.T without gradients: x (C,), (rows,C) or a batch (n,rows,C); w (F,C), or (n,F,C) of a batch."""
+    if x.dim() == 1:
+        return torch.mv(w, x)
+    least, most = W_FIRST.get(x.dtype, (1, 0))
+    return (w @ x.mT).mT if least <= x.shape[-2] <= most else x @ w.mT
+
+
+def expert(x, w_in, w_out):
+    """One SwiGLU, or a batch of them, on a CPU: shapes as in `product`, the result that of x."""
+    gate, up = product(x, w_in).chunk(2, dim=-1)                                # (..,F) both
+    return product(F.silu(gate, inplace=True).mul_(up), w_out)
 
 
 def moe_few(x, ids, weights, k, w_in, w_out):
@@ -73,25 +82,27 @@ def moe_few(x, ids, weights, k, w_in, w_out):
 
     Lists instead of masks and sorts: for a token the kernels of a plan take longer than its experts.
     """
+    P, k_max = ids.shape
     hit = {}                                                   # expert -> [(token, weight), ..]
-    for token, n, chosen, scale in zip(range(len(x)), k.tolist(), ids.tolist(), weights.tolist()):
-        assert 1 <= n <= len(chosen), f'k must lie in 1..{len(chosen)}, found {n}'
-        for expert, weight in zip(chosen[:n], scale):
-            hit.setdefault(expert, []).append((token, weight))
-    N = len(w_in)
-    assert 0 <= min(hit) and max(hit) < N, f'expert ids must lie in 0..{N - 1}, found {min(hit)}..{max(hit)}'
-    y, alone = torch.zeros(x.shape, dtype=torch.float32), len(x) == 1           # (P,C)
-    for expert, pairs in hit.items():
-        rows = x if alone else x[[token for token, _ in pairs]]                 # (rows,C)
-        gate, up = product(rows, w_in[expert]).chunk(2, dim=-1)                # (rows,F) both
-        out = product(F.silu(gate).mul_(up), w_out[expert])                    # (rows,C)
-        for (token, weight), row in zip(pairs, [out] if alone else out.unbind()):
-            (y if alone else y[token]).add_(row, alpha=weight)
+    each = [k_max] * P if k is None else k.tolist()
+    for token, n, chosen, scale in zip(range(P), each, ids.tolist(), weights.tolist()):
+        assert 1 <= n <= k_max, f'k must lie in 1..{k_max}, found {n}'
+        for choice in range(n):
+            hit.setdefault(chosen[choice], []).append((token, scale[choice]))
+    low, high, N = min(hit), max(hit), len(w_in)
+    assert 0 <= low and high < N, f'expert ids must lie in 0..{N - 1}, found {low}..{high}'
+    y = torch.zeros(x.shape, dtype=torch.float32)                               # (P,C)
+    for n, pairs in hit.items():
+        if len(pairs) == 1:
+            rows = [expert(x[pairs[0][0]], w_in[n], w_out[n])]                  # one of (C,)
+        else:
+            rows = expert(x[[token for token, _ in pairs]], w_in[n], w_out[n])  # (rows,C)
+        for (token, weight), row in zip(pairs, rows):
+            y[token].add_(row, alpha=weight)
     return y.to(x.dtype)
 
 
-# ---------------------------------------------------------------- the fast paths: sort by expert, two grouped
-# matmuls
+# ---------------------------------------------------------------- the fast paths: sort by expert, multiply
 
 def plan(ids, k, n_experts):
     """Sort the (token, choice) pairs by expert; unused choices go to a pretended expert N, which sorts last.
@@ -117,17 +128,38 @@ def experts_grouped(rows, ends, w_in, w_out):
     return F.grouped_mm(F.silu(gate).mul_(up), w_out.mT, offs=ends)             # (rows,C)
 
 
-def experts_split(rows, ends, w_in, w_out):
-    """The same for a CPU and many rows: expert by expert, what is between its two matmuls stays in the cache.
+def alike(sizes, most):
+    """Cut the experts into runs of at most `most` neighbours with about as many rows: [9, 8, 2] -> [2, 1].
 
-    torch's grouped matmul is a loop on a CPU anyway. Needs ends[-1] == len(rows).
+    Padded to the longest of its run, no run has more than PADDING times as many rows.
     """
+    runs, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        run = sizes[start:end + 1]
+        if end == len(sizes) or len(run) > most or len(run) * max(run) > PADDING * sum(run):
+            runs.append(end - start)
+            start = end
+    return runs
+
+
+def experts_batched(x, token, ends, w_in, w_out):
+    """The same for a CPU: x (P,C), the token of each of all sorted rows -> (rows,C); forward only.
+
+    torch's grouped matmul is a loop on a CPU. Here the activations stay in the cache, and in bf16 small
+    experts with about as many rows share a batched matmul.
+    """
+    small = x.dtype == torch.bfloat16 and w_in[0].numel() <= LARGE
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    out = []
-    for part, expert_in, expert_out in zip(rows.split(sizes), w_in.unbind(), w_out.unbind()):
-        if len(part):
-            gate, up = product(part, expert_in).chunk(2, dim=-1)                # (size,F) both
-            out.append(product(F.silu(gate).mul_(up), expert_out))              # (size,C)
+    tokens, out = iter(token.split(sizes)), []
+    runs = alike(sizes, BATCH if small else 1)
+    for n, run_in, run_out in zip(runs, w_in.split(runs), w_out.split(runs)):
+        own = [next(tokens) for _ in range(n)]
+        if n == 1 and len(own[0]):
+            out.append(expert(x[own[0]], run_in[0], run_out[0]))                # (size,C)
+        elif n > 1:
+            rows = x[pad_sequence(own, batch_first=True)]                       # (n,longest,C)
+            y = expert(rows, run_in, run_out)                                   # the same
+            out += [rows[:len(t)] for rows, t in zip(y, own)]
     return torch.cat(out)
 
 
@@ -143,12 +175,12 @@ def moe_exact(x, ids, weights, k, w_in, w_out):
     """Over exactly sum(k) rows: none is wasted, none is garbage, gradients are right. Contract as `moe`."""
     token, row, ends = plan(ids, k, len(w_in))
     n_rows = checked(ids, k, ends)                             # the host sync
-    rows = x.index_select(0, token[:n_rows])                                    # (sum(k),C)
-    between = n_rows * w_in.shape[1] * x.element_size()        # bytes between the two matmuls of all experts
-    split = between > SPLIT_BYTES or w_in[0].numel() > LARGE
-    split = split and not x.is_cuda and not torch.is_grad_enabled()
-    experts = experts_split if split else experts_grouped
-    return combine(experts(rows, ends, w_in, w_out), row, weights)
+    token = token[:n_rows]
+    if batches(n_rows, w_in):
+        expert_rows = experts_batched(x, token, ends, w_in, w_out)
+    else:
+        expert_rows = experts_grouped(x.index_select(0, token), ends, w_in, w_out)
+    return combine(expert_rows, row, weights)
 
 
 def moe_static(x, ids, weights, k, w_in, w_out):
@@ -164,10 +196,11 @@ def moe_static(x, ids, weights, k, w_in, w_out):
 
 # ---------------------------------------------------------------- the rule
 
-FEW_TOKENS = 32         # on a CPU in bf16, up to here: large experts are read faster one by one
-LARGE = 2 ** 20         # weights of an expert's first matrix
 STATIC_TOKENS = 256     # on CUDA, up to here: a host sync would cost more than the rows that static wastes
-SPLIT_BYTES = 2 ** 24   # on a CPU more than this between the two matmuls of all experts would leave the cache
+FEW_TOKENS = 8          # on a CPU in bf16, up to here: large experts are read faster one by one
+LARGE = 2 ** 20         # weights of an expert's first matrix
+CACHE = 2 ** 24         # bytes
+BATCH, PADDING = 8, 1.4     # experts to a batched matmul, and its rows to the useful ones, at most
 
 
 def moe(x, ids, weights, k, w_in, w_out):
@@ -179,17 +212,18 @@ def moe(x, ids, weights, k, w_in, w_out):
     and in bf16 up to FEW_TOKENS where experts are large; everything else exact. AssertionErrors name what
     breaks the contract; only static does not look at the values of k and ids, which would be a host sync.
     """
-    shapes = x.shape, ids.shape, weights.shape, None if k is None else k.shape
-    assert ids.shape == weights.shape and len(ids) == len(x) and (k is None or len(k) == len(x)), shapes
-    for name, width in (('C', w_in.shape[2]), ('F', w_out.shape[2])):
-        assert width * x.element_size() % 16 == 0, \
-            f'{name} = {width} in {x.dtype} is no whole number of 16 bytes, which grouped matmuls need'
+    assert ids.shape == weights.shape and len(ids) == len(x) and (k is None or len(k) == len(x)), \
+        (x.shape, ids.shape, weights.shape, None if k is None else k.shape)
+    C, width, size = x.shape[1], w_out.shape[2], x.element_size()
+    assert C * size % 16 == 0 and width * size % 16 == 0, \
+        f'C = {C} or F = {width} in {x.dtype} is no whole number of 16 bytes, which grouped matmuls need'
     if len(x) == 0:
         return torch.zeros_like(x)
     warn_of_fallback(x)
-    if k is None:
+    path = path_of(len(x), w_in)
+    if k is None and path is not moe_few:
         k = torch.full((len(x),), ids.shape[1], device=x.device)
-    return path_of(len(x), w_in)(x, ids, weights, k, w_in, w_out)
+    return path(x, ids, weights, k, w_in, w_out)
 
 
 def path_of(P, w_in):
@@ -200,6 +234,14 @@ def path_of(P, w_in):
         return moe_static if P <= STATIC_TOKENS else moe_exact
     large = w_in.dtype == torch.bfloat16 and w_in[0].numel() > LARGE
     return moe_few if P == 1 or large and P <= FEW_TOKENS else moe_exact
+
+
+def batches(n_rows, w_in):
+    """Does `moe_exact` take `experts_batched`? Not on CUDA, with gradients, or for a few rows an expert."""
+    if w_in.is_cuda or torch.is_grad_enabled() or n_rows < 4 * len(w_in):
+        return False
+    between = n_rows * w_in.shape[1] * w_in.element_size()     # bytes between the two matmuls of all experts
+    return w_in.dtype == torch.bfloat16 or w_in[0].numel() > LARGE or between > CACHE
 
 
 def checked(ids, k, ends):

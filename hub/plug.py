@@ -84,9 +84,9 @@ def router_hook(layer, policy, config, tally):
 
 def on_device(policy, device):
     """The policy where a layer is: transformers may spread a model over devices."""
-    if isinstance(policy, AdaK) and policy.allocators.weight.device != device:
-        policy, allocators = copy.copy(policy), copy.deepcopy(policy.allocators).to(device)
-        policy.allocators, policy.shift = allocators, policy.shift.to(device)
+    if isinstance(policy, AdaK) and policy.maps[0][0].device != device:
+        policy = copy.copy(policy)
+        policy.maps = [(weight.to(device), bias.to(device)) for weight, bias in policy.maps]
     return policy
 
 

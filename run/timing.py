@@ -34,3 +34,28 @@ def summary(times):
     """Median and quartiles in milliseconds of two or more times in seconds."""
     low, middle, high = statistics.quantiles([1000 * t for t in times], n=4)
     return {'ms': middle, 'low': low, 'high': high}
+
+
+def graphed(run):
+    """The same as one CUDA graph, without what Python and the launches cost."""
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def rates(device):
+    """What this machine reaches: copy (bytes read plus written) in bytes/s, matmuls in FLOP/s by dtype."""
+    def best(run):
+        return min(interleaved({'run': run}, 7, device)['run'])
+    n = 2 ** 27 if device.type == 'cpu' else 2 ** 30
+    a = torch.randint(9, (n,), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    reached = {'copy': 2 * n / best(lambda: b.copy_(a))}
+    m = 1536 if device.type == 'cpu' else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = (torch.randn(m, m, device=device, dtype=dtype) for _ in range(2))
+        reached[str(dtype).removeprefix('torch.')] = 2 * m ** 3 / best(lambda: x @ y)
+    return reached

@@ -66,6 +66,7 @@ def trained():
     for p in (allocators.weight, allocators.bias):
         p.data.normal_()
     allocators.mean.normal_()
+    allocators.std.uniform_(0.2, 3)
     return allocators
 
 
@@ -79,7 +80,11 @@ def test_published_size():
 def test_adak_takes_the_argmax_and_the_price_is_a_dial(trained):
     x, probs = torch.randn(300, 32), torch.randn(300, 8).softmax(-1)
     logits = trained.logits(1, trained.inputs(1, x, probs))
-    assert torch.equal(AdaK(trained)(1, x, probs), 1 + logits.argmax(-1))
+    for price in (0.0, 0.7):
+        priced = logits - price * torch.arange(1, 6)
+        assert torch.equal(AdaK(trained, price)(1, x, probs), 1 + priced.argmax(-1))
+    trained.price.fill_(0.7)
+    assert torch.equal(AdaK(trained)(1, x, probs), 1 + priced.argmax(-1))
     means = [AdaK(trained, price=price)(1, x, probs).float().mean().item() for price in (-99, -1, 0, 1, 99)]
     assert means == sorted(means, reverse=True) and means[0] == 5 and means[-1] == 1
 

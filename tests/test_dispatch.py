@@ -1,4 +1,5 @@
 """moe_dispatch.py: the grouped path against the loop, selection by hand, FLOPs against torch's counter."""
+import itertools
 import re
 
 import pytest
@@ -64,15 +65,44 @@ def test_grouped_equals_loop_forward_and_backward(name):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_expert_by_expert_equals_grouped_and_loop(dtype, tolerance, monkeypatch):
-    # which of the two exact takes on a CPU depends on the number of rows
-    args = case(torch.randint(1, N + 1, (P,)), dtype=dtype)
+@pytest.mark.parametrize('name', CASES)
+def test_batched_and_grouped_equal_the_loop(name, dtype, tolerance, monkeypatch):
+    # which of the two exact takes on a CPU depends on dtype, size and the number of rows
+    args = [a.to(dtype) if a.is_floating_point() and i != 2 else a for i, a in enumerate(CASES[name]())]
     slow = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
-    for limit in (0, 10 ** 9):
-        monkeypatch.setattr(moe_dispatch, 'SPLIT_BYTES', limit)
+    for fast, at_most in itertools.product((lambda *_: False, lambda *_: True), (1, 3)):
+        monkeypatch.setattr(moe_dispatch, 'batches', fast)
+        monkeypatch.setattr(moe_dispatch, 'BATCH', at_most)
         poison()
         with torch.no_grad():
-            assert (moe(*args).float() - slow).abs().max() < tolerance * slow.abs().max()
+            found = moe_exact(*args)
+        assert found.dtype == dtype and (found.float() - slow).abs().max() < tolerance * slow.abs().max()
+
+
+def test_neighbours_that_share_a_batched_matmul():
+    assert moe_dispatch.alike([9, 8, 2], 8) == [2, 1]          # 3 * 9 > 1.4 * 19
+    assert moe_dispatch.alike([4, 4, 4, 4, 4], 2) == [2, 2, 1]
+    assert moe_dispatch.alike([0, 5, 5, 0], 8) == [1, 2, 1]
+    assert moe_dispatch.alike([7], 8) == [1]
+    for _ in range(200):
+        sizes = torch.randint(30, (int(torch.randint(1, 20, ())),)).tolist()
+        runs = moe_dispatch.alike(sizes, 5)
+        assert sum(runs) == len(sizes) and max(runs) <= 5
+        for start, n in zip(itertools.accumulate([0, *runs]), runs):
+            run = sizes[start:start + n]
+            assert n * max(run) <= moe_dispatch.PADDING * sum(run)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_products_the_other_way_round(dtype, monkeypatch):
+    x, w = torch.randn(3, 7, 16).to(dtype), torch.randn(3, 24, 16).to(dtype)
+    right = x.float() @ w.float().mT
+    for limits in ({}, {dtype: (1, 7)}):
+        monkeypatch.setattr(moe_dispatch, 'W_FIRST', limits)
+        for rows, one, wanted in ((x, w, right), (x[1], w[1], right[1]), (x[1, 0], w[1], right[1, 0])):
+            found = moe_dispatch.product(rows, one)
+            assert found.shape == wanted.shape
+            torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=5e-2)
 
 
 def test_no_token_at_all():
@@ -115,7 +145,7 @@ def test_the_rule_that_chooses_a_path(monkeypatch):
     assert moe_dispatch.path_of(1, small) is moe_exact         # with gradients always
     with torch.no_grad():
         assert moe_dispatch.path_of(1, small) is moe_few and moe_dispatch.path_of(2, small) is moe_exact
-        assert moe_dispatch.path_of(32, large) is moe_few and moe_dispatch.path_of(33, large) is moe_exact
+        assert moe_dispatch.path_of(8, large) is moe_few and moe_dispatch.path_of(9, large) is moe_exact
         assert moe_dispatch.path_of(2, large.float()) is moe_exact
 
 
