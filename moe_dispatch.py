@@ -129,10 +129,7 @@ def experts_grouped(rows, ends, w_in, w_out):
 
 
 def alike(sizes, most):
-    """Cut the experts into runs of at most `most` neighbours with about as many rows: [9, 8, 2] -> [2, 1].
-
-    Padded to the longest of its run, no run has more than PADDING times as many rows.
-    """
+    """Runs of neighbouring experts that padding makes at most PADDING times as long: [9, 8, 2] -> [2, 1]."""
     runs, start = [], 0
     for end in range(1, len(sizes) + 1):
         run = sizes[start:end + 1]
@@ -142,23 +139,18 @@ def alike(sizes, most):
     return runs
 
 
-def experts_batched(x, token, ends, w_in, w_out):
-    """The same for a CPU: x (P,C), the token of each of all sorted rows -> (rows,C); forward only.
+def experts_batched(x, tokens, runs, w_in, w_out):
+    """The same for a CPU, a run of experts to a batched matmul; forward only.
 
-    torch's grouped matmul is a loop on a CPU. Here the activations stay in the cache, and in bf16 small
-    experts with about as many rows share a batched matmul.
+    x (P,C), tokens: N times (rows of the expert,), the token of each row -> (rows,C).
     """
-    small = x.dtype == torch.bfloat16 and w_in[0].numel() <= LARGE
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    tokens, out = iter(token.split(sizes)), []
-    runs = alike(sizes, BATCH if small else 1)
+    tokens, out = iter(tokens), []
     for n, run_in, run_out in zip(runs, w_in.split(runs), w_out.split(runs)):
         own = [next(tokens) for _ in range(n)]
-        if n == 1 and len(own[0]):
-            out.append(expert(x[own[0]], run_in[0], run_out[0]))                # (size,C)
-        elif n > 1:
-            rows = x[pad_sequence(own, batch_first=True)]                       # (n,longest,C)
-            y = expert(rows, run_in, run_out)                                   # the same
+        if n == 1:
+            out.append(expert(x[own[0]], run_in[0], run_out[0]))                # (rows,C)
+        else:
+            y = expert(x[pad_sequence(own, batch_first=True)], run_in, run_out)     # (n,longest,C)
             out += [rows[:len(t)] for rows, t in zip(y, own)]
     return torch.cat(out)
 
@@ -176,11 +168,12 @@ def moe_exact(x, ids, weights, k, w_in, w_out):
     token, row, ends = plan(ids, k, len(w_in))
     n_rows = checked(ids, k, ends)                             # the host sync
     token = token[:n_rows]
-    if batches(n_rows, w_in):
-        expert_rows = experts_batched(x, token, ends, w_in, w_out)
+    sizes = [] if x.is_cuda or torch.is_grad_enabled() else ends.diff(prepend=ends.new_zeros(1)).tolist()
+    if runs := batches(sizes, w_in):
+        rows = experts_batched(x, token.split(sizes), runs, w_in, w_out)        # (sum(k),C)
     else:
-        expert_rows = experts_grouped(x.index_select(0, token), ends, w_in, w_out)
-    return combine(expert_rows, row, weights)
+        rows = experts_grouped(x.index_select(0, token), ends, w_in, w_out)     # (sum(k),C)
+    return combine(rows, row, weights)
 
 
 def moe_static(x, ids, weights, k, w_in, w_out):
@@ -199,8 +192,8 @@ def moe_static(x, ids, weights, k, w_in, w_out):
 STATIC_TOKENS = 256     # on CUDA, up to here: a host sync would cost more than the rows that static wastes
 FEW_TOKENS = 8          # on a CPU in bf16, up to here: large experts are read faster one by one
 LARGE = 2 ** 20         # weights of an expert's first matrix
-CACHE = 2 ** 24         # bytes
-BATCH, PADDING = 8, 1.4     # experts to a batched matmul, and its rows to the useful ones, at most
+FRESH = 2 ** 25         # bytes: a larger tensor gets new pages from the system every time, on Linux
+BATCH, PADDING = 16, 1.4    # experts to a batched matmul, and its rows to the useful ones, at most
 
 
 def moe(x, ids, weights, k, w_in, w_out):
@@ -236,12 +229,19 @@ def path_of(P, w_in):
     return moe_few if P == 1 or large and P <= FEW_TOKENS else moe_exact
 
 
-def batches(n_rows, w_in):
-    """Does `moe_exact` take `experts_batched`? Not on CUDA, with gradients, or for a few rows an expert."""
-    if w_in.is_cuda or torch.is_grad_enabled() or n_rows < 4 * len(w_in):
-        return False
-    between = n_rows * w_in.shape[1] * w_in.element_size()     # bytes between the two matmuls of all experts
-    return w_in.dtype == torch.bfloat16 or w_in[0].numel() > LARGE or between > CACHE
+def batches(sizes, w_in):
+    """How many neighbouring experts share each batched matmul; []: a grouped matmul is faster.
+
+    sizes: the rows of each expert, on a CPU and without gradients, else []. There torch's grouped matmul is a
+    loop too. One by one, the activations of large experts stay in the cache; small ones in bf16 share.
+    """
+    if sum(sizes) < 4 * len(sizes) or not sizes:
+        return []
+    if w_in.dtype == torch.bfloat16 and w_in[0].numel() <= LARGE:
+        runs = alike(sizes, BATCH)
+        return runs if 3 * len(runs) <= len(sizes) else []
+    between = sum(sizes) * w_in.shape[1] * w_in.element_size()     # bytes between the matmuls of all experts
+    return [1] * len(sizes) if w_in[0].numel() > LARGE or between > FRESH else []
 
 
 def checked(ids, k, ends):

@@ -111,7 +111,7 @@ def beside(model, tokens, policy, n, rounds, name):
         if twin:
             for who in ('transformers', 'attached'):
                 cases.update({f'{who}, {way}': lambda way=way: theirs(way) for way in WAYS})
-        times = interleaved(cases, rounds, model.device, around)
+        times = interleaved(cases, rounds if new else rounds + 2, model.device, around)
         tally = Counted(policy, len(model.config.moe_layers), model.device)
         generate(model, prompt, new, tally) if new else model(prompt, tally)
         n_tokens = prompt.shape[0] * (new or prompt.shape[1])

@@ -86,13 +86,15 @@ def model_lines(table):
 # ---------------------------------------------------------------- figures
 
 def dispatch_figure(path, rows, machine):
-    """One panel per shape and dtype: every path's prefill at top-K (hollow) and 0.75 K, with quartiles."""
+    """A panel per shape and dtype: every path's prefill at top-K (hollow) and 0.75 K, with quartiles."""
     cases = {case: plans for case, plans in by_case(rows).items() if case[2] == 'prefill'}
-    size = 1.5 + 3 * len(cases), 3.2
-    fig, axes = plt.subplots(1, len(cases), figsize=size, layout='constrained', sharey=True, squeeze=False)
+    shapes, dtypes = (list(dict.fromkeys(case[i] for case in cases)) for i in (0, 1))
+    fig, axes = plt.subplots(len(dtypes), len(shapes), figsize=(2 + 3 * len(shapes), 0.6 + 2.5 * len(dtypes)),
+                             layout='constrained', sharey=True, squeeze=False)
     names = list(dict.fromkeys(name for top, _ in cases.values() for name in top))[::-1]
     looks = ('top-K', 'black', 'white'), ('mean k 0.75 K', BLUE, BLUE)
-    for ax, (case, plans) in zip(axes[0], cases.items()):
+    for case, plans in cases.items():
+        ax = axes[dtypes.index(case[1])][shapes.index(case[0])]
         for paths, (label, color, fill) in zip(plans, looks):
             shown = [r for name, r in paths.items() if name in names]
             ms, low, high = ([r[key] for r in shown] for key in ('ms', 'low', 'high'))
@@ -101,6 +103,7 @@ def dispatch_figure(path, rows, machine):
             ax.errorbar(ms, places, xerr=error, fmt='o', color=color, mfc=fill, label=label)
         ax.set(title=f'{case[0]}, {case[1]}, T = {case[3]}', xlabel='ms', xlim=(0, None),
                yticks=range(len(names)), yticklabels=names)
+        ax.title.set_fontsize(9)
         ax.grid(axis='x', alpha=0.3)
     axes[0][0].legend(fontsize=8)
     fig.suptitle(f'experts of one layer, forward: {machine}', fontsize=10)

@@ -14,15 +14,16 @@ def synchronize(device):
 def interleaved(cases, rounds, device, around=lambda name: contextlib.nullcontext()):
     """{name: [seconds, ..]} of callables, in turn in every round; the first round warms up and is dropped.
 
+    Every second round runs backwards, as a case may profit from what another leaves in the caches.
     around(name): a context in which the case runs; entering and leaving it are not timed.
     """
     times = {name: [] for name in cases}
     for r in range(rounds + 1):
-        for name, run in cases.items():
+        for name in list(cases)[::1 if r % 2 else -1]:
             with around(name):
                 synchronize(device)
                 start = time.perf_counter()
-                run()
+                cases[name]()
                 synchronize(device)
                 spent = time.perf_counter() - start
             if r:

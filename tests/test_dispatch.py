@@ -70,9 +70,8 @@ def test_batched_and_grouped_equal_the_loop(name, dtype, tolerance, monkeypatch)
     # which of the two exact takes on a CPU depends on dtype, size and the number of rows
     args = [a.to(dtype) if a.is_floating_point() and i != 2 else a for i, a in enumerate(CASES[name]())]
     slow = moe_loop(args[0].float(), *args[1:4], args[4].float(), args[5].float())
-    for fast, at_most in itertools.product((lambda *_: False, lambda *_: True), (1, 3)):
-        monkeypatch.setattr(moe_dispatch, 'batches', fast)
-        monkeypatch.setattr(moe_dispatch, 'BATCH', at_most)
+    for runs in ([], [1] * N, [1, 3, 2], [N]):
+        monkeypatch.setattr(moe_dispatch, 'batches', lambda sizes, w_in: runs)
         poison()
         with torch.no_grad():
             found = moe_exact(*args)
@@ -84,6 +83,11 @@ def test_neighbours_that_share_a_batched_matmul():
     assert moe_dispatch.alike([4, 4, 4, 4, 4], 2) == [2, 2, 1]
     assert moe_dispatch.alike([0, 5, 5, 0], 8) == [1, 2, 1]
     assert moe_dispatch.alike([7], 8) == [1]
+    even, uneven, small, large = [9] * 8, [9, 20] * 4, torch.zeros(8, 4, 4), torch.zeros(1, 2, 2 ** 20)
+    for w_in, sizes, runs in (
+            (small, even, []), (small.bfloat16(), even, [8]), (small.bfloat16(), uneven, []),
+            (large, uneven, [1] * 8), (large.bfloat16(), [3] * 8, []), (small, [], [])):
+        assert moe_dispatch.batches(sizes, w_in) == runs
     for _ in range(200):
         sizes = torch.randint(30, (int(torch.randint(1, 20, ())),)).tolist()
         runs = moe_dispatch.alike(sizes, 5)
