@@ -20,6 +20,8 @@ from run.timing import interleaved, summary
 
 WAYS = 'eager', 'grouped_mm'
 PROMPT = 16             # tokens before those that are written
+# what a version of transformers that is not known may raise
+UNKNOWN = AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError
 
 
 def transformers_experts(e):
@@ -31,13 +33,20 @@ def transformers_experts(e):
         return {}
     found = {}
     for name in ('eager', 'grouped_mm', 'batched_mm'):
-        config = MixtralConfig(hidden_size=e.C, intermediate_size=e.F, num_local_experts=e.N,
-                               num_experts_per_tok=e.K)
-        config._experts_implementation = name
-        with torch.device('meta'):
-            module = MixtralExperts(config)
-        module.gate_up_proj, module.down_proj = nn.Parameter(e.w_in, False), nn.Parameter(e.w_out, False)
-        found[f'transformers {__version__} {name}'] = module
+        try:
+            config = MixtralConfig(hidden_size=e.C, intermediate_size=e.F, num_local_experts=e.N,
+                                   num_experts_per_tok=e.K)
+            config._experts_implementation = name
+            with torch.device('meta'):
+                module = MixtralExperts(config)
+            module.gate_up_proj, module.down_proj = nn.Parameter(e.w_in, False), nn.Parameter(e.w_out, False)
+            ids = torch.zeros(1, e.K, dtype=torch.long, device=e.w_in.device)
+            module(e.w_in.new_zeros(1, e.C), ids, e.w_in.new_zeros(1, e.K))         # does it run?
+        except UNKNOWN as error:
+            print(f'transformers {__version__} builds {name} experts in another way: their rows are left out '
+                  f'({" ".join(str(error).split())[:100]})', flush=True)
+        else:
+            found[f'transformers {__version__} {name}'] = module
     return found
 
 
@@ -64,7 +73,7 @@ def twin_of(model):
         twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)        # not a weight
         tokens = torch.arange(8, device=model.device)[None]
         assert (twin(tokens).logits - model(tokens)).abs().max() < 0.1, 'other logits'
-    except (AttributeError, RuntimeError, TypeError, AssertionError) as e:
+    except UNKNOWN as e:
         raise InputError(f'transformers {transformers.__version__} builds Mixtral in another way: '
                          f'its rows are left out ({" ".join(str(e).split())[:100]})') from None
     return twin
@@ -92,12 +101,14 @@ def stages_of(tokens, n):
 @torch.no_grad()
 def beside(model, tokens, policy, n, rounds, name):
     """The rows of one model: tokens (1,T) are read, n are written; `policy` runs fewer experts."""
+    twin, who, rows = None, [], []
     try:
         twin = twin_of(model)
-    except InputError as e:
+        who.append('transformers')
+        with attached(twin, policy):
+            who.append('attached')
+    except InputError as e:                        # an unknown version: what can be measured still is
         print(e, flush=True)
-        twin = None
-    rows = []
     for stage, (prompt, new) in stages_of(tokens, n).items():
         def ours(choose_k):
             return generate(model, prompt, new, choose_k) if new else model(prompt, choose_k)
@@ -108,9 +119,8 @@ def beside(model, tokens, policy, n, rounds, name):
         def around(case):
             return attached(twin, policy) if case.startswith('attached') else contextlib.nullcontext()
         cases = {'ours, K': lambda: ours(None), 'ours, fewer': lambda: ours(policy)}
-        if twin:
-            for who in ('transformers', 'attached'):
-                cases.update({f'{who}, {way}': lambda way=way: theirs(way) for way in WAYS})
+        for whose in who:
+            cases.update({f'{whose}, {way}': lambda way=way: theirs(way) for way in WAYS})
         times = interleaved(cases, rounds if new else rounds + 2, model.device, around)
         tally = Counted(policy, len(model.config.moe_layers), model.device)
         generate(model, prompt, new, tally) if new else model(prompt, tally)

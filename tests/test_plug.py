@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from allocator import AdaK, Allocators, RandomMix, Skip, TopK, TopP
+from bench import Experts
 from conftest import random_model, tiny_config
 from hub.checkpoint import load, router_digest, routers_of
 from hub.config import read_config
 from hub.files import InputError
-from hub.plug import attach, detach
+from hub.plug import ROUTERS, attach, detach
 from model import generate
-from run.beside import beside, beside_lines, twin_of, write
+from run.beside import beside, beside_lines, transformers_experts, twin_of, write
 
 transformers = pytest.importorskip('transformers', minversion='5.23')
 GOLDEN = Path(__file__).parent / 'golden'
@@ -148,11 +149,25 @@ def test_every_stage_is_timed_and_a_version_that_is_not_known_costs_its_rows_onl
                      'attached, eager', 'attached, grouped_mm')}
     assert all(r['tokens_per_s'] == pytest.approx(1000 * n / r['ms']) for r in rows
                for n in [{'prefill': 160, 'batch 1': 3, 'batch 8': 24}[r['stage']]])
+    monkeypatch.setitem(ROUTERS, 'mixtral', 'AnotherRouter')
+    rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny')
+    assert {r['case'].split(',')[0] for r in rows} == {'ours', 'transformers'}
+    assert 'builds routers and experts in another way' in capsys.readouterr().out
     another = torch.nn.Linear(1, 1).load_state_dict            # knows no such tensors
     monkeypatch.setattr(transformers.MixtralForCausalLM, 'load_state_dict', another)
     rows = beside(model, tokens, Skip(0.6, 2), 3, 2, 'tiny')
     assert {r['case'] for r in rows} == {'ours, K', 'ours, fewer'}
     assert 'builds Mixtral in another way' in capsys.readouterr().out and '| - |' in beside_lines(rows)
+
+
+def test_experts_of_a_version_that_is_not_known_cost_their_rows_only(monkeypatch, capsys):
+    experts = Experts((32, 16, 4, 2, 8, (0.5, 0.5), 0), torch.float32, torch.device('cpu'))
+    assert len(transformers_experts(experts)) == 3
+    from transformers.models.mixtral import modeling_mixtral
+    monkeypatch.setattr(modeling_mixtral.MixtralExperts, 'forward', lambda self, x: x)
+    assert transformers_experts(experts) == {}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all('rows are left out' in line for line in said)
 
 
 # ---------------------------------------------------------------- bad input
