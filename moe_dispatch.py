@@ -71,8 +71,8 @@ def product(x, w):
     return (w @ x.mT).mT if least <= x.shape[-2] <= most else x @ w.mT
 
 
-def expert(x, w_in, w_out):
-    """One SwiGLU, or a batch of them, on a CPU: shapes as in `product`, the result that of x."""
+def swiglu(x, w_in, w_out):
+    """One expert, or a batch of them, on a CPU: shapes as in `product`, the result that of x."""
     gate, up = product(x, w_in).chunk(2, dim=-1)                                # (..,F) both
     return product(F.silu(gate, inplace=True).mul_(up), w_out)
 
@@ -85,18 +85,18 @@ def moe_few(x, ids, weights, k, w_in, w_out):
     P, k_max = ids.shape
     hit = {}                                                   # expert -> [(token, weight), ..]
     each = [k_max] * P if k is None else k.tolist()
-    for token, n, chosen, scale in zip(range(P), each, ids.tolist(), weights.tolist()):
-        assert 1 <= n <= k_max, f'k must lie in 1..{k_max}, found {n}'
-        for choice in range(n):
+    for token, kept, chosen, scale in zip(range(P), each, ids.tolist(), weights.tolist()):
+        assert 1 <= kept <= k_max, f'k must lie in 1..{k_max}, found {kept}'
+        for choice in range(kept):
             hit.setdefault(chosen[choice], []).append((token, scale[choice]))
     low, high, N = min(hit), max(hit), len(w_in)
     assert 0 <= low and high < N, f'expert ids must lie in 0..{N - 1}, found {low}..{high}'
     y = torch.zeros(x.shape, dtype=torch.float32)                               # (P,C)
     for n, pairs in hit.items():
         if len(pairs) == 1:
-            rows = [expert(x[pairs[0][0]], w_in[n], w_out[n])]                  # one of (C,)
+            rows = [swiglu(x[pairs[0][0]], w_in[n], w_out[n])]                  # one of (C,)
         else:
-            rows = expert(x[[token for token, _ in pairs]], w_in[n], w_out[n])  # (rows,C)
+            rows = swiglu(x[[token for token, _ in pairs]], w_in[n], w_out[n])  # (rows,C)
         for (token, weight), row in zip(pairs, rows):
             y[token].add_(row, alpha=weight)
     return y.to(x.dtype)
@@ -149,8 +149,8 @@ def experts_batched(x, tokens, runs, w_in, w_out):
         own = [next(tokens) for _ in range(n)]
         padded = pad_sequence(own, batch_first=True)                            # (n,longest)
         rows = x[F.pad(padded, (0, -padded.shape[1] % tile))]                   # (n,longest or more,C)
-        y = expert(rows, run_in, run_out) if n > 1 else [expert(rows[0], run_in[0], run_out[0])]
-        out += [rows[:len(t)] for rows, t in zip(y, own)]
+        y = swiglu(rows, run_in, run_out) if n > 1 else [swiglu(rows[0], run_in[0], run_out[0])]
+        out += [part[:len(token)] for part, token in zip(y, own)]
     return torch.cat(out)
 
 
@@ -235,7 +235,7 @@ def batches(sizes, w_in):
     sizes: the rows of each expert, on a CPU and without gradients, else []. There torch's grouped matmul is a
     loop too. One by one, the activations of large experts stay in the cache; small ones in bf16 share.
     """
-    if sum(sizes) < 4 * len(sizes) or not sizes:
+    if not sizes or sum(sizes) < 4 * len(sizes):
         return []
     if w_in.dtype == torch.bfloat16 and w_in[0].numel() <= LARGE:
         runs = alike(sizes, BATCH)
