@@ -72,7 +72,7 @@ def free_memory(device):
         free.append(int((group / 'memory.max').read_text()) - in_use)
     except (OSError, ValueError, KeyError):                    # another system than Linux, or no limit
         pass
-    return min(free)
+    return max(0, min(free))
 
 
 def numbers(path):

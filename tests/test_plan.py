@@ -135,15 +135,16 @@ def test_too_little_memory_is_said_before_loading(streamed, free, says, monkeypa
 
 def test_free_memory_sees_ulimit():
     script = ('import resource, sys; sys.path.insert(0, sys.argv[1]); import torch\n'
-              'from scale.memory import free_memory\n'
+              'from scale.memory import free_memory, numbers\n'
               'before = free_memory(torch.device("cpu"))\n'
-              'resource.setrlimit(resource.RLIMIT_AS, (3 * 10 ** 9,) * 2)\n'
-              'print(before, free_memory(torch.device("cpu")))')
-    before, after = map(
-        float,
-        subprocess.run([sys.executable, '-c', script, ROOT], capture_output=True, text=True).stdout.split(),
-    )
-    assert before > 1e8 and 0 < after < 3e9 and after <= before
+              'size = 1024 * numbers("/proc/self/status")["VmSize"]\n'    # 3 GB and more with CUDA in torch
+              'for limit in (size + 10 ** 9, size - 10 ** 9):\n'
+              '    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))\n'
+              '    print(free_memory(torch.device("cpu")))\n'
+              'print(before)')
+    done = subprocess.run([sys.executable, '-c', script, ROOT], capture_output=True, text=True)
+    a_gigabyte, none, before = map(float, done.stdout.split())
+    assert before > 1e8 and 0.5e9 < a_gigabyte <= 1e9 and none == 0
 
 
 @pytest.mark.parametrize(
