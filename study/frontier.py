@@ -87,7 +87,7 @@ def measure(study, budgets, n_seeds, methods=tuple(LOOKS)):
     s, K, start = study.s, study.K, time.time()
     k_max, seeds = min(2 * K, study.model.config.n_experts), range(s.seed, s.seed + n_seeds)
     kept = study.folder / 'frontier.json'
-    spent = checked(read_object(kept), 'seconds', kept, float, least=0) if kept.exists() else 0.0
+    spent = seconds_of(kept) if kept.exists() else 0.0
     static = {k: study.measured(f'static-{k}', lambda k=k: TopK(k)) for k in range(1, k_max + 1)}
     topk, rows, paired = static[K][0], [], []
     greedy = functools.cache(lambda: greedy_layers(study))
@@ -126,6 +126,11 @@ def measure(study, budgets, n_seeds, methods=tuple(LOOKS)):
             loss, k = oracle(losses, price)
             add('oracle (hindsight)', b, [(loss, torch.bincount(k, minlength=k_max + 1)[None])])
     return results
+
+
+def seconds_of(kept):
+    """What the rows that are there already took; of frontier.json nothing else is read again."""
+    return checked(read_object(kept), 'seconds', kept, float, least=0)
 
 
 def adopt(study, run):

@@ -164,9 +164,13 @@ def study_at(s, out, name, quick=False):
         raise InputError(f'{study.folder} holds files that no study made: move them away')
     facts = {'base': fingerprint(base_folder(s, out)), 'text': [len(t.tokens) for t in texts],
              **{field: value for field, value in asdict(s).items() if field not in FREE}}
-    for fact, value in (read_object(kept) if kept.exists() else {}).items():
-        if facts.get(fact) != value:
-            raise InputError(f'{study.folder} was measured with another {fact}: '
-                             f'move it away to measure again')
+    check_facts(kept, facts)
     write_json(kept, facts)
     return study
+
+
+def check_facts(kept, facts):
+    """InputError that says in what the study whose facts are kept differs from these, if there is one."""
+    for fact, value in (read_object(kept) if kept.exists() else {}).items():
+        if facts.get(fact) != value:
+            raise InputError(f'{kept.parent} was measured with another {fact}: move it away to measure again')

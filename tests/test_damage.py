@@ -21,7 +21,9 @@ from hub.files import InputError
 from hub.safetensors import read_safetensors, write_safetensors
 from hub.tokenizer import Tokenizer
 from run.state import load_state
+from study.frontier import seconds_of
 from study.published import read_rows
+from study.study import check_facts
 
 GOLDEN = Path(__file__).parent / 'golden'
 OTHERS = [None, True, 0, -1, 10 ** 30, 1.5, float('nan'), '', 'no such token', [], [True], ['a', 'b'], {},
@@ -72,8 +74,12 @@ READERS = {
         'mixtral-tied-sharded', weight_files, 20),
     'results.json': ('run', train.run_settings, 60),
     'recipe.json': ('base', lambda folder: is_there(folder, json.loads((folder / 'whole').read_text())), 20),
-    'published.json': ('rows', lambda folder: read_rows(folder / 'published.json'), 20)}
+    'published.json': ('rows', lambda folder: read_rows(folder / 'published.json'), 20),
+    'frontier.json': ('rows', lambda folder: seconds_of(folder / 'frontier.json'), 30),
+    'study.json': ('rows', lambda folder: check_facts(folder / 'study.json', FACTS), 20)}
+FACTS = {'base': 'abc', 'text': [9, 2, 3], 'seq': 64, 'lr': 0.1, 'paper': False, 'data': None}
 FILES = {
+    'frontier.json': {'rows': [{'method': 'a', 'delta': 0.1}], 'K': 2, 'seconds': 3.5}, 'study.json': FACTS,
     'tokenizer_config.json': {'add_bos_token': True, 'bos_token': {'content': '<s>'}, 'eos_token': '</s>'},
     'generation_config.json': {'eos_token_id': [2, 3], 'bos_token_id': 1},
     'published.json': {'rows': [{'what': 'a', 'steps': 1, 'tokens': 2, 'seconds': 3.0, 'delta': 0.1,
