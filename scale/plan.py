@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from allocator import bisect
 from base.pretrain import new_model
 from hub.checkpoint import find_checkpoint, weight_dtype
 from hub.config import read_config
@@ -76,15 +77,29 @@ def run_flops(s, config):
         return -(-n // together)
     looks, L = (s.warm_steps if s.start == 'p-warm' else 2), len(c.moe_layers)
     # run/rules.py: the tails, the search of shares, the best family, what an expert is worth
-    search = SEARCH_TOKENS * (1 + L * (1 + len(LEVELS)) + 7)
+    search = SEARCH_TOKENS * L * (1 + len(LEVELS))
+    first = search + 8 * SEARCH_TOKENS
+    again = len(neighbourhoods(mean_k, c.top_k)) - 1           # searches on the way of the last calibration
     probes = PROBES + 2
     calibrated, compared = 3 * 8 + 1, 5
     return {
-        'start': ((looks * tokens + search) * forward(c.top_k), looks + 3 + L * visits(SEARCH_TOKENS)),
+        'start': ((looks * tokens + first) * forward(c.top_k), looks + 3 + L * visits(SEARCH_TOKENS)),
         'ppo': (s.ppo_steps * tokens * (forward(c.top_k) + s.group * forward(mean_k) + update)
                 + probes * PROBE_TOKENS * forward(mean_k), s.ppo_steps + probes * visits(PROBE_TOKENS)),
-        'evaluation': ((calibrated * s.calibration_tokens + compared * s.heldout_tokens) * forward(mean_k),
-                       calibrated * visits(s.calibration_tokens) + compared * visits(s.heldout_tokens))}
+        'evaluation': ((calibrated * s.calibration_tokens + compared * s.heldout_tokens + again * search)
+                       * forward(mean_k), calibrated * visits(s.calibration_tokens)
+                       + compared * visits(s.heldout_tokens) + again * L * visits(SEARCH_TOKENS))}
+
+
+def neighbourhoods(mean_k, K):
+    """The shares of K, in tenths, around which `SkipFamilies.greedy_shares` searches in a calibration."""
+    seen = {round(mean_k / K, 1)}
+
+    def visit(k):
+        seen.add(round(k / K, 1))
+        return k
+    bisect(visit, mean_k, 1, K)
+    return seen
 
 
 def plan(s, rates=None):

@@ -21,7 +21,7 @@ from test_published import HUB
 from train import Settings
 from hub.config import read_config
 from scale.memory import allocator_sizes, check_memory, state_bytes, weight_bytes
-from scale.plan import measured_rates, plan
+from scale.plan import measured_rates, neighbourhoods, plan
 
 ROOT = Path(__file__).parent.parent
 GPU = {'a gpu': (1e15, 5e10, 80e9)}
@@ -60,7 +60,8 @@ def test_plan_of_mixtral_by_hand(hub):
     assert m['hours']['plain'] is None and m['hours']['shard'] == pytest.approx(
         sum(seconds.values()) / 8 / 3600
     )
-    way = {'start': 2 + 3 + L, 'ppo': 112, 'evaluation': 25 + 5 * 2}  # visits; 65,536 tokens share one
+    # visits; 65,536 tokens share one. Two searches of shares, around 0.8 and 0.9, on the way to all of K
+    way = {'start': 2 + 3 + L, 'ppo': 112, 'evaluation': 25 + 5 * 2 + 2 * L}
     assert m['hours']['stream'] == pytest.approx(
         sum(max(seconds[stage], n * 2 * L * layer / 5e10) for stage, n in way.items()) / 3600
     )
@@ -190,3 +191,9 @@ def test_a_streamed_gpu_gets_as_many_tokens_as_hide_the_copy(monkeypatch, tmp_pa
     assert batch('--stream', '--device', 'cuda', '--seq', '2048') == 6  # 5 passes of 6 x 2,048 tokens: 61,440
     assert batch('--stream', '--device', 'cuda', '--seq', '2048', '--ppo-batch', '3') == 3
     assert batch('--stream', '--device', 'cpu') == batch('--device', 'cuda') == 16
+
+
+def test_searches_on_the_way_of_a_calibration_by_hand():
+    assert neighbourhoods(1.5, 2) == {0.8}                     # the first middle of 1..2 is 1.5
+    # 2.5, 3.25, 2.875, 3.0625, .. of 4
+    assert neighbourhoods(3.0, 4) == {0.6, 0.8, 0.7}
