@@ -233,15 +233,16 @@ def batches(sizes, w_in):
     """How many neighbouring experts share each batched matmul; []: a grouped matmul is faster.
 
     sizes: the rows of each expert, on a CPU and without gradients, else []. There torch's grouped matmul is a
-    loop too. One by one, the activations of large experts stay in the cache; small ones in bf16 share.
+    loop too. One by one, activations stay in the cache where experts are large or rows many; few rows of small
+    experts in bf16 share a matmul.
     """
     if not sizes or sum(sizes) < 4 * len(sizes):
         return []
-    if w_in.dtype == torch.bfloat16 and w_in[0].numel() <= LARGE:
-        runs = alike(sizes, BATCH)
-        return runs if 3 * len(runs) <= len(sizes) else []
     between = sum(sizes) * w_in.shape[1] * w_in.element_size()     # bytes between the matmuls of all experts
-    return [1] * len(sizes) if w_in[0].numel() > LARGE or between > FRESH else []
+    if w_in[0].numel() > LARGE or between > FRESH:
+        return [1] * len(sizes)
+    runs = alike(sizes, BATCH) if w_in.dtype == torch.bfloat16 else []
+    return runs if 3 * len(runs) <= len(sizes) else []
 
 
 def checked(ids, k, ends):

@@ -86,7 +86,8 @@ def test_neighbours_that_share_a_batched_matmul():
     even, uneven, small, large = [9] * 8, [9, 20] * 4, torch.zeros(8, 4, 4), torch.zeros(1, 2, 2 ** 20)
     for w_in, sizes, runs in (
             (small, even, []), (small.bfloat16(), even, [8]), (small.bfloat16(), uneven, []),
-            (large, uneven, [1] * 8), (large.bfloat16(), [3] * 8, []), (small, [], [])):
+            (large, uneven, [1] * 8), (large.bfloat16(), [3] * 8, []), (small, [], []),
+            (small.bfloat16(), [2 ** 20] * 8, [1] * 8), (small, [2 ** 20] * 8, [1] * 8)):
         assert moe_dispatch.batches(sizes, w_in) == runs
     for _ in range(200):
         sizes = torch.randint(30, (int(torch.randint(1, 20, ())),)).tolist()
