@@ -233,8 +233,7 @@ def batches(sizes, w_in):
     """How many neighbouring experts share each batched matmul; []: a grouped matmul is faster.
 
     sizes: the rows of each expert, on a CPU and without gradients, else []. There torch's grouped matmul is a
-    loop too. One by one, activations stay in the cache where experts are large or rows many; few rows of small
-    experts in bf16 share a matmul.
+    loop too. One by one, the activations stay in the cache; few rows of small experts in bf16 share.
     """
     if not sizes or sum(sizes) < 4 * len(sizes):
         return []
