@@ -1,7 +1,7 @@
 """The table of `python -m scale.plan` for the six published models, and its prediction against measured runs
 of two synthetic ones.
 
-    python tests/measure_plan.py        four minutes on two cores -> assets/plan.json
+    python tests/measure_plan.py        ten minutes on two cores -> assets/plan.json
 
 The workload is the published one: 10,000 sequences of 2,048 tokens, P-Warm and then PPO with one sampled pass
 beside the Top-K pass. What the paper trained with 64 sequences a step is taken as 16, so that a rollout's
