@@ -116,6 +116,7 @@ def beside(model, tokens, policy, n, rounds, name):
         def theirs(way):
             twin.config._experts_implementation = way
             return write(twin, prompt, new) if new else twin(prompt)
+
         def around(case):
             return attached(twin, policy) if case.startswith('attached') else contextlib.nullcontext()
         cases = {'ours, K': lambda: ours(None), 'ours, fewer': lambda: ours(policy)}

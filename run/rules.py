@@ -45,7 +45,7 @@ class SkipFamilies:
         There the next bit of an expert costs every layer the same: k_l(cost) is read off each layer's curve,
         and one cost is found for all.
         """
-        around = round(mean_k / self.K, 1) * self.K            # one search serves the knob's neighbourhood
+        around = neighbourhood(mean_k, self.K) * self.K        # one search serves all of it
         if around not in self.curves:
             self.curves[around] = [marginal_costs(points) for points in self.costs(around)]
 
@@ -67,6 +67,11 @@ class SkipFamilies:
             found = divergences(self.model, self.windows, policies)
             costs.append([(k, nats.mean().item()) for k, (nats, _) in zip(levels, found)])
         return costs
+
+
+def neighbourhood(mean_k, K):
+    """The tenth of K around which `greedy_shares` searches for mean_k."""
+    return round(mean_k / K, 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from hub.files import InputError
 from moe_dispatch import flops
 from run.console import one_line_errors
 from run.report import markdown
-from run.rules import LEVELS, SEARCH_TOKENS
+from run.rules import LEVELS, SEARCH_TOKENS, neighbourhood
 from scale.memory import allocator_sizes, free_memory, state_bytes, weight_bytes, weight_counts, working_bytes
 from scale.stream import Streamed
 from train import PROBES, PROBE_TOKENS, check_budget, parse
@@ -92,11 +92,11 @@ def run_flops(s, config):
 
 
 def neighbourhoods(mean_k, K):
-    """The shares of K, in tenths, around which `SkipFamilies.greedy_shares` searches in a calibration."""
-    seen = {round(mean_k / K, 1)}
+    """All that `SkipFamilies.greedy_shares` searches at mean_k and on the way of a calibration to it."""
+    seen = {neighbourhood(mean_k, K)}
 
     def visit(k):
-        seen.add(round(k / K, 1))
+        seen.add(neighbourhood(k, K))
         return k
     bisect(visit, mean_k, 1, K)
     return seen
