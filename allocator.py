@@ -3,11 +3,11 @@
 Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`, the seam of model.py:
     layer 0..L-1, x (P,C) what the router reads, probs (P,N) its fp32 softmax -> k (P,) int64 in 1..k_max
 
-    TopK        the same k for every token                                      knob: k
-    RandomMix   k drawn between two neighbouring integers, blind to content     knob: mean k
-    TopP        the least k whose router mass reaches p (Huang et al. 2024)     knob: p
-    Skip        drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)     knob: beta
-    AdaK        the trained allocators of the paper (eq. 4, 5)                  knob: price
+    TopK         the same k for every token                                     knob: k
+    RandomMix    k drawn between two neighbouring integers, blind to content    knob: mean k
+    TopP         the least k whose router mass reaches p (Huang et al. 2024)    knob: p
+    Skip         drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)    knob: beta
+    AdaK         the trained allocators of the paper (eq. 4, 5)                 knob: price
 
 A knob is calibrated on one split of the text to a wanted mean k (`bisect`) and reported on another.
 """
@@ -18,12 +18,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hub.safetensors import InputError, read_noted, write_safetensors
+import moe_dispatch
+from hub.files import InputError, reading
+from hub.safetensors import read_safetensors, write_safetensors
+
+
+class Policy:
+    """What every policy is: k_max, the most experts it may choose, and the choice itself."""
+    k_max = 1
+
+    def __call__(self, layer, x, probs):
+        """k (P,) int64 in 1..k_max of the tokens x (P,C) with router probabilities (P,N)."""
+        raise NotImplementedError
+
+    def select(self, probs, k, renormalise):
+        """ids and weights (P,k_max) of the experts that run (moe_dispatch.py:select)."""
+        return moe_dispatch.select(probs, k, self.k_max, renormalise)
 
 
 # ================================================================ rules without training
 
-class TopK:
+class TopK(Policy):
     """The same k for every token and layer."""
 
     def __init__(self, k):
@@ -33,11 +48,10 @@ class TopK:
         return torch.full((len(x),), self.k_max, device=x.device)
 
 
-class RandomMix:
+class RandomMix(Policy):
     """floor(mean_k) or one more, drawn so that the mean is mean_k: what a blind saving of that size costs.
 
-    Draws from torch's default generator of the device: torch.manual_seed repeats it, a CUDA graph can hold
-    it.
+    Draws from torch's default generator of the device: torch.manual_seed repeats it.
     """
 
     def __init__(self, mean_k):
@@ -46,17 +60,19 @@ class RandomMix:
         self.k_max = self.low + (self.high_share > 0)
 
     def __call__(self, layer, x, probs):
-        return self.low + (torch.rand(len(x), device=x.device) < self.high_share).long()
+        high = torch.rand(len(x), device=x.device) < self.high_share        # (P,) bool
+        return self.low + high.long()
 
 
-class TopP:
+class TopP(Policy):
     """The least k with p_1 + .. + p_k >= p, p_i the router's probabilities in falling order.
 
     Example: (.5, .3, .15, .05) with p = .8 -> 2, with p = .81 -> 3, with p = 1 -> 4.
     """
 
     def __init__(self, p, n_experts):
-        self.p, self.k_max = p, n_experts
+        self.p = p
+        self.k_max = n_experts
 
     def __call__(self, layer, x, probs):
         return mass_labels(probs, self.p)
@@ -69,27 +85,29 @@ def mass_labels(probs, p):
     return 1 + (before < p).sum(-1)
 
 
-class Skip:
+class Skip(Policy):
     """Of the model's own K experts keep the least k whose tail weighs at most beta times what is kept.
 
     k is the least with p_{k+1} + .. + p_K <= beta * (p_1 + .. + p_k); beta is one number, or [L] of them, one
-    a layer. For K = 2 this is the published rule: drop the second expert if w_2 <= beta w_1. Example: (.4,
-    .3, .2, .1) of K = 4 with beta = .5 -> 2, since .3 <= .5 * .7.
+    a layer. For K = 2 this is the published rule: drop the second expert if w_2 <= beta w_1.
+    Example: (.4, .3, .2, .1) of K = 4 with beta = .5 -> 2, since .3 <= .5 * .7.
     """
 
     def __init__(self, beta, top_k):
-        self.beta, self.k_max = beta, top_k
+        self.beta = beta
+        self.k_max = top_k
 
     def __call__(self, layer, x, probs):
         beta = self.beta[layer] if isinstance(self.beta, list) else self.beta
-        ratios = tail_ratios(probs.topk(self.k_max, dim=-1).values)         # (P,K-1)
-        return 1 + (ratios > beta).sum(-1)
+        p = probs.topk(self.k_max, dim=-1).values                           # (P,K)
+        return 1 + (tail_ratios(p) > beta).sum(-1)
 
 
 def tail_ratios(p):
     """(p_{k+1} + .. + p_K) / (p_1 + .. + p_k) for k = 1..K-1: p (P,K) in falling order -> (P,K-1)."""
     kept = p.cumsum(-1)
-    return (kept[:, -1:] - kept[:, :-1]) / kept[:, :-1]
+    tail = kept[:, -1:] - kept[:, :-1]
+    return tail / kept[:, :-1]
 
 
 # ================================================================ the trained allocators
@@ -97,7 +115,7 @@ def tail_ratios(p):
 class Allocators(nn.Module):
     """One linear map per MoE layer from what the router sees to a distribution over k (eq. 4): W z + b.
 
-    As published (`extended=False`) z = x and k = 1..N: W is (N,C), no bias. Extended, the default of
+    As published (`extended=False`) z = x and k = 1..N: W is (N,C), without bias. Extended, the default of
     train.py, z is x, the logarithms of the router's sorted probabilities, and those of Skip's ratios, all
     standardised by the `mean` and `std` of a first batch: a map that is linear in x would have to learn again
     what the router knows.
@@ -109,15 +127,17 @@ class Allocators(nn.Module):
     def __init__(self, config, k_max, extended):
         super().__init__()
         L = len(config.moe_layers)
-        n_in = config.dim + (config.n_experts + config.top_k - 1 if extended else 0)
-        self.k_max, self.extended, self.top_k = k_max, extended, config.top_k
+        n_in = config.dim
+        if extended:
+            n_in += config.n_experts + config.top_k - 1
+        self.k_max = k_max
+        self.extended = extended
+        self.top_k = config.top_k
         self.weight = nn.Parameter(torch.zeros(L, k_max, n_in))
         self.bias = nn.Parameter(torch.zeros(L, k_max), requires_grad=extended)
         self.register_buffer('mean', torch.zeros(L, n_in))
         self.register_buffer('std', torch.ones(L, n_in))
         self.register_buffer('price', torch.zeros(()))
-        facts = 'model_type', 'n_vocab', 'dim', 'n_layers', 'n_experts', 'top_k', 'expert_dim'
-        self.fingerprint = {name: getattr(config, name) for name in facts}
 
     def raw(self, x, probs):
         """What the map reads, not yet standardised, fp32: x (P,C), probs (P,N) -> (P,n_in)."""
@@ -126,7 +146,8 @@ class Allocators(nn.Module):
             return z
         p = probs.detach().sort(dim=-1, descending=True).values             # (P,N)
         ratios = tail_ratios(p[:, :self.top_k])                             # (P,K-1)
-        return torch.cat([z, torch.cat([p, ratios], -1).clamp_min(1e-9).log()], -1)
+        logs = torch.cat([p, ratios], dim=-1).clamp_min(1e-9).log()
+        return torch.cat([z, logs], dim=-1)
 
     def inputs(self, layer, x, probs):
         """z (P,n_in) fp32 of one layer, a constant: no gradient flows into the base model."""
@@ -140,38 +161,33 @@ class Allocators(nn.Module):
         """Trained weights, the number that the paper reports."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    def save(self, path):
-        """A safetensors file that names the base model it belongs to."""
-        shape = {'k_max': self.k_max, 'extended': self.extended, 'base': self.fingerprint}
-        write_safetensors(path, self.state_dict(), {'allocators': json.dumps(shape)})
+    def save(self, path, base):
+        """Write a safetensors file that names its base model by the digest `base` (hub/checkpoint.py)."""
+        facts = {
+            'k_max': self.k_max,
+            'extended': self.extended,
+            'base': base,
+        }
+        write_safetensors(path, self.state_dict(), {'allocators': json.dumps(facts)})
 
     @classmethod
-    def load(cls, path, config, routers=None):
-        """The allocators in a file; InputError if it is damaged or was trained for another base model.
-
-        routers: a digest of the base's routers (hub/checkpoint.py:router_digest), where it is at hand.
-        """
-        tensors, shape = read_noted(path, 'allocators')
-        k_max, extended, base = (shape.get(name) for name in ('k_max', 'extended', 'base'))
-        if type(k_max) is not int or k_max < 1 or type(extended) is not bool or type(base) is not dict:
-            raise InputError(f'{path}: k_max {k_max}, extended {extended}, base {base} in its header make no '
-                             f'sense; train it again')
-        allocators = cls(config, min(k_max, config.n_experts), extended)    # a damaged k_max takes no memory
-        for name, ours in allocators.fingerprint.items():
-            theirs = base.get(name)
-            if ours != theirs:
-                raise InputError(f'{path}: trained for a base model with {name} {theirs}, '
-                                 f'this one has {ours}')
-        if routers and base.get('routers', routers) != routers:
-            raise InputError(f'{path}: trained for a base model of these sizes, but with other weights')
-        expected = {name: t.shape for name, t in allocators.state_dict().items()}
-        if expected != {name: t.shape for name, t in tensors.items()}:
-            raise InputError(f'{path}: tensors do not have the names and shapes that its header promises')
-        allocators.load_state_dict(tensors)
+    def load(cls, path, config, base):
+        """The allocators in a file; InputError if it is damaged, or was trained for another base model."""
+        with reading(path):
+            tensors, metadata = read_safetensors(path)
+            facts = json.loads(metadata['allocators'])
+            if facts['base'] != base:
+                raise InputError(f'{path}: trained for another base model than this one')
+            k_max = len(tensors['bias'][0])
+            allocators = cls(config, k_max, facts['extended'])
+            allocators.load_state_dict(tensors)
+            for name, t in tensors.items():
+                if not t.isfinite().all():
+                    raise InputError(f'{path}: {name} holds NaN or infinity')
         return allocators
 
 
-class AdaK:
+class AdaK(Policy):
     """k by trained allocators: the most probable k. `Rollout` draws from the distribution (eq. 5).
 
     One linear map a layer: standardising and the price are made part of its weights once, at the start.
@@ -179,20 +195,27 @@ class AdaK:
 
     @torch.no_grad()
     def __init__(self, allocators, price=None):
-        self.allocators, self.k_max, a = allocators, allocators.k_max, allocators
-        price = torch.arange(1, a.k_max + 1, device=a.weight.device) * (a.price if price is None else price)
+        a = allocators
+        self.allocators = a
+        self.k_max = a.k_max
+        price = a.price if price is None else price
+        k = torch.arange(1, a.k_max + 1, device=a.weight.device)
         weight = a.weight / a.std[:, None]                                  # (L,k_max,n_in)
-        bias = a.bias - price - (weight @ a.mean[..., None]).squeeze(-1)    # (L,k_max)
+        of_mean = (weight @ a.mean[..., None]).squeeze(-1)                  # (L,k_max)
+        bias = a.bias - k * price - of_mean                                 # (L,k_max)
         self.maps = list(zip(weight, bias))
 
     @classmethod
-    def of_run(cls, run, config, device):
-        """The policy that a run of train.py has learnt for the base model with this Config."""
-        return cls(Allocators.load(Path(run) / 'allocator.safetensors', config).to(device))
+    def of_run(cls, run, config, base, device):
+        """The policy that a run of train.py has learnt for the base model with this Config and digest."""
+        allocators = Allocators.load(Path(run) / 'allocator.safetensors', config, base)
+        return cls(allocators.to(device))
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
-        return 1 + F.linear(self.allocators.raw(x, probs), *self.maps[layer]).argmax(-1)
+        weight, bias = self.maps[layer]
+        logits = F.linear(self.allocators.raw(x, probs), weight, bias)      # (P,k_max)
+        return 1 + logits.argmax(-1)
 
 
 def sample_k(logp, noise):
@@ -201,7 +224,7 @@ def sample_k(logp, noise):
     return 1 + (cumulative <= noise[:, None]).sum(-1)
 
 
-class Rollout:
+class Rollout(Policy):
     """Samples k from the allocators and keeps what PPO needs: of P tokens, in one forward pass or several.
 
     noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens
@@ -210,35 +233,44 @@ class Rollout:
     """
 
     def __init__(self, allocators, noise):
-        self.allocators, self.noise, self.k_max = allocators, noise, allocators.k_max
+        self.allocators = allocators
+        self.noise = noise
+        self.k_max = allocators.k_max
         self.seen = [0] * len(noise)                           # tokens of each layer so far
         self.z = noise.new_empty(*noise.shape, allocators.mean.shape[1])
-        self.k, self.logp = torch.empty_like(noise, dtype=torch.long), torch.empty_like(noise)
+        self.k = torch.empty_like(noise, dtype=torch.long)
+        self.logp = torch.empty_like(noise)
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
         here = slice(self.seen[layer], self.seen[layer] + len(x))
         self.seen[layer] = here.stop
-        z = self.allocators.inputs(layer, x, probs)
-        logp = F.log_softmax(self.allocators.logits(layer, z), -1)          # (P,k_max)
+        z = self.allocators.inputs(layer, x, probs)                         # (P,n_in)
+        logp = F.log_softmax(self.allocators.logits(layer, z), dim=-1)      # (P,k_max)
         k = sample_k(logp, self.noise[layer, here])                         # (P,)
-        self.z[layer, here], self.k[layer, here] = z, k
+        self.z[layer, here] = z
+        self.k[layer, here] = k
         self.logp[layer, here] = logp.gather(1, k[:, None] - 1).squeeze(1)
         return k
 
 
 # ================================================================ looking on, and calibrating
 
-class Watched:
+class Watched(Policy):
     """A policy with an onlooker: look(layer, x, probs, k) is called with every decision."""
 
     def __init__(self, policy, look):
-        self.policy, self.look, self.k_max = policy, look, policy.k_max
+        self.policy = policy
+        self.look = look
+        self.k_max = policy.k_max
 
     def __call__(self, layer, x, probs):
         k = self.policy(layer, x, probs)
         self.look(layer, x, probs, k)
         return k
+
+    def select(self, probs, k, renormalise):
+        return self.policy.select(probs, k, renormalise)
 
 
 class Counted(Watched):
@@ -252,8 +284,10 @@ class Counted(Watched):
         self.counts[layer].scatter_add_(0, k, torch.ones_like(k))
 
     def mean_by_layer(self):
+        """(L,)"""
         counts = self.counts.cpu()
-        return (counts * torch.arange(self.k_max + 1)).sum(1) / counts.sum(1)               # (L,)
+        k = torch.arange(self.k_max + 1)
+        return (counts * k).sum(1) / counts.sum(1)
 
     def mean(self):
         return self.mean_by_layer().mean().item()
@@ -265,13 +299,17 @@ def bisect(mean_k, target, low, high, steps=12):
     `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives
     an end.
     """
-    best = None
+    best_miss = float('inf')
     for _ in range(steps):
-        middle = (low + high) / 2
-        miss = mean_k(middle) - target
-        if best is None or abs(miss) < abs(best[0]):
-            best = miss, middle
+        knob = (low + high) / 2
+        miss = mean_k(knob) - target
+        if abs(miss) < best_miss:
+            best_miss = abs(miss)
+            best = knob
         if abs(miss) < 2e-3 * target:
             break
-        low, high = (low, middle) if miss > 0 else (middle, high)
-    return best[1]
+        if miss > 0:
+            high = knob
+        else:
+            low = knob
+    return best

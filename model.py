@@ -5,9 +5,9 @@ in place of one MLP a router over N SwiGLU experts of which each token runs the 
 switches of `Config` (head_dim, qkv_bias, qk_norm, norm_topk, shared_dim, shared_gate, dense_layers, tie) turn
 it into Qwen-MoE, DeepSeek-MoE or OLMoE. Weights come from hub/checkpoint.py or base/pretrain.py.
 
-What the project adds is one seam, `choose_k(layer, x, probs) -> k`: a callable that says how many experts
-each token runs. Without it the model runs its own top-k. The model keeps nothing about a pass; whoever wants
-a record brings a callable that records.
+What the project adds is one seam, `choose_k(layer, x, probs) -> k`: a policy (allocator.py) that says how
+many experts each token runs. Without one the model runs its own top-k. The model keeps nothing about a pass;
+whoever wants a record brings a policy that records.
 
 The same letters in every file:
     B batch, T time, P = B*T tokens, C channels, H heads, D width of a head, V vocabulary
@@ -63,10 +63,7 @@ class Config:
 # ================================================================ the transformer, leaves first
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype.
-
-    In fp32 and without gradients that is torch's own, one call instead of six.
-    """
+    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype."""
 
     def __init__(self, n, eps):
         super().__init__()
@@ -75,9 +72,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.dtype == torch.float32 and not torch.is_grad_enabled():
+            # the same in one kernel
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        mean_square = y.pow(2).mean(-1, keepdim=True)
+        y = y * torch.rsqrt(mean_square + self.eps)
         return self.weight * y.to(x.dtype)
 
 
@@ -87,76 +86,15 @@ def rope_table(config, positions, dtype):
     pairs = torch.arange(0, D, 2, device=positions.device).float()          # (D/2,)
     frequency = 1 / config.rope_theta ** (pairs / D)                        # (D/2,)
     angle = positions.float()[:, None] * frequency                          # (T,D/2)
+    cos = torch.cat([angle, angle], dim=-1).cos()                           # (T,D)
     sin = angle.sin()
-    return torch.cat([angle, angle], dim=-1).cos().to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+    sin = torch.cat([-sin, sin], dim=-1)                                    # (T,D)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x, cos, sin):
     """Rotary positions on x (B,H,T,D): channel i of the first half turns with channel i of the second."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
-
-class Cache:
-    """Keys and values (layers, B, kv heads, max_len, D) of the tokens seen so far, filled up to `length`.
-
-    AssertionError where more tokens come than it has places for.
-    """
-
-    def __init__(self, config, B, max_len, device, dtype):
-        shape = config.n_layers, B, config.n_kv_heads, max_len, config.head_dim
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.table = rope_table(config, torch.arange(max_len, device=device), dtype)        # (max_len,D) both
-        self.length = 0
-
-    def rope(self, T):
-        """cos and sin (T,D) of the next T tokens."""
-        end = self.length + T
-        assert end <= self.k.shape[3], f'{end} tokens in a cache of {self.k.shape[3]}'
-        return [table[self.length:end] for table in self.table]
-
-    def mask(self, T):
-        """Which of the S tokens seen the next T may look at, (T,S) bool; None: plain causal attention."""
-        if T == 1 or self.length == 0:
-            return None
-        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.k.device).tril(self.length)
-
-    def extend(self, layer, k, v):
-        """Write k, v (B,kv heads,T,D) behind what was seen; return all keys and values of the layer."""
-        T, seen = k.shape[2], []
-        for places, new in ((self.k[layer], k), (self.v[layer], v)):
-            places.narrow(2, self.length, T).copy_(new)
-            seen.append(places.narrow(2, 0, self.length + T))
-        return seen
-
-    def advance(self, T):
-        self.length += T
-
-
-class StaticCache:
-    """A filled Cache taken over for decoding token by token, its length a number on the device.
-
-    Every step is the same kernels over the same memory (attention over all max_len places, the empty ones
-    masked), so a CUDA graph can hold one. The methods are those of Cache, with T = 1.
-    """
-
-    def __init__(self, cache):
-        self.k, self.v, self.table = cache.k, cache.v, cache.table
-        self.length = torch.tensor([cache.length], device=cache.k.device)   # (1,)
-        self.places = torch.arange(cache.k.shape[3], device=cache.k.device)  # (max_len,)
-
-    def rope(self, T):
-        return [table.index_select(0, self.length) for table in self.table]
-
-    def mask(self, T):
-        return self.places[None] <= self.length                             # (1,max_len)
-
-    def extend(self, layer, k, v):
-        self.k[layer].index_copy_(2, self.length, k)
-        self.v[layer].index_copy_(2, self.length, v)
-        return self.k[layer], self.v[layer]
-
-    def advance(self, T):
-        self.length += T                                       # in place: a replayed graph counts on
 
 
 class Attention(nn.Module):
@@ -165,32 +103,47 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        self.qk_norm = c.qk_norm
+        q_dim = c.n_heads * c.head_dim
+        kv_dim = c.n_kv_heads * c.head_dim
         self.q_proj = nn.Linear(c.dim, q_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.dim, kv_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.dim, kv_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(q_dim, c.dim, bias=False)
-        self.qk_norm = c.qk_norm
         if c.qk_norm:
-            each = c.qk_norm == 'head'
-            self.q_norm = RMSNorm(c.head_dim if each else q_dim, c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim if each else kv_dim, c.norm_eps)
+            if c.qk_norm == 'head':
+                q_dim = kv_dim = c.head_dim
+            self.q_norm = RMSNorm(q_dim, c.norm_eps)
+            self.k_norm = RMSNorm(kv_dim, c.norm_eps)
 
     def forward(self, x, rope, mask, layer, cache):
         B, T, C = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.q_proj(x)                                                  # (B,T,H*D)
+        k = self.k_proj(x)                                                  # (B,T,kv heads*D)
+        v = self.v_proj(x)
+        heads = B, T, -1, self.head_dim
         if self.qk_norm == 'all':
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         elif self.qk_norm == 'head':
-            q = self.q_norm(q.view(B, T, -1, self.head_dim)).flatten(2)
-            k = self.k_norm(k.view(B, T, -1, self.head_dim)).flatten(2)
-        qk = torch.cat([q, k], -1).view(B, T, -1, self.head_dim).transpose(1, 2)            # (B,heads,T,D)
-        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(qk, *rope).tensor_split((qk.shape[1] - v.shape[1],), dim=1)
+            q = self.q_norm(q.view(heads)).flatten(2)
+            k = self.k_norm(k.view(heads)).flatten(2)
+        # queries and keys turn together: fewer kernels
+        qk = torch.cat([q, k], dim=-1)
+        qk = qk.view(heads).transpose(1, 2)                                 # (B,all heads,T,D)
+        v = v.view(heads).transpose(1, 2)                                   # (B,kv heads,T,D)
+        n_heads = qk.shape[1] - v.shape[1]
+        q, k = rotate(qk, *rope).tensor_split((n_heads,), dim=1)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                # (B,kv heads,S,D), S seen
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))             # (B,T,C)
+        y = F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            enable_gqa=True,
+        )                                                                   # (B,H,T,D)
+        y = y.transpose(1, 2).reshape(B, T, -1)                             # (B,T,H*D)
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):
@@ -203,15 +156,19 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        up = self.up_proj(x)
+        return self.down_proj(gate * up)
 
 
 class MoE(nn.Module):
     """Router, routed experts, and the shared expert that some families add."""
 
-    def __init__(self, c):
+    def __init__(self, c, moe_layer):
         super().__init__()
-        self.top_k, self.norm_topk = c.top_k, c.norm_topk
+        self.moe_layer = moe_layer
+        self.top_k = c.top_k
+        self.norm_topk = c.norm_topk
         self.router = nn.Linear(c.dim, c.n_experts, bias=False)
         # the experts, stacked; in w_in the rows of gate, then those of up
         self.w_in = nn.Parameter(torch.empty(c.n_experts, 2 * c.expert_dim, c.dim))
@@ -219,19 +176,16 @@ class MoE(nn.Module):
         self.shared = MLP(c.dim, c.shared_dim) if c.shared_dim else None
         self.shared_gate = nn.Linear(c.dim, 1, bias=False) if c.shared_gate else None
 
-    def forward(self, x, layer, choose_k):                                  # x (P,C)
+    def forward(self, x, choose_k):                                         # x (P,C)
         probs = F.softmax(self.router(x), dim=-1, dtype=torch.float32)      # (P,N)
         if choose_k is None:
-            k_max, k = self.top_k, None                                     # all of them
+            k = None                                                        # all of the top K
+            # ids and weights (P,K)
+            ids, weights = moe_dispatch.select(probs, k, self.top_k, self.norm_topk)
         else:
-            k_max, k = choose_k.k_max, choose_k(layer, x, probs)            # (P,)
-        select = getattr(choose_k, 'select', moe_dispatch.select)         # a policy may weigh the experts too
-        ids, weights = select(probs, k, k_max, self.norm_topk)              # (P,k_max) both
-        w_in, w_out = self.w_in, self.w_out
-        if torch.is_autocast_enabled(x.device.type):                        # which knows no grouped matmul
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-        y = moe_dispatch.moe(x, ids, weights, k, w_in, w_out)               # (P,C)
+            k = choose_k(self.moe_layer, x, probs)                          # (P,)
+            ids, weights = choose_k.select(probs, k, self.norm_topk)        # (P,k_max) both
+        y = moe_dispatch.moe(x, ids, weights, k, self.w_in, self.w_out)     # (P,C)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_gate is not None:
@@ -241,25 +195,32 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then experts or a plain MLP, each behind a norm and added to its input."""
+
     def __init__(self, c, i):
         super().__init__()
-        self.i, self.dense = i, i in c.dense_layers
+        self.i = i
+        self.dense = i in c.dense_layers
         self.input_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
-        self.mlp = MLP(c.dim, c.dense_dim) if self.dense else MoE(c)
+        if self.dense:
+            self.mlp = MLP(c.dim, c.dense_dim)
+        else:
+            self.mlp = MoE(c, c.moe_layers.index(i))
 
-    def forward(self, x, rope, mask, cache, moe_layer, choose_k):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, self.i, cache)
+    def forward(self, x, rope, mask, cache, choose_k):                      # x (B,T,C)
+        h = self.input_layernorm(x)
+        x = x + self.self_attn(h, rope, mask, self.i, cache)
         h = self.post_attention_layernorm(x)
         if self.dense:
             return x + self.mlp(h)
-        return x + self.mlp(h.flatten(0, 1), moe_layer, choose_k).view_as(x)
+        return x + self.mlp(h.flatten(0, 1), choose_k).view_as(x)
 
 
 class Transformer(nn.Module):
     """The language model. `choose_k` is the seam: see `forward`."""
-    tokens_per_visit = 1            # how many tokens `hidden_of` should be given at least
+    tokens_per_visit = 1            # from how many tokens on a sweep over the layers is worth it (scale/)
 
     def __init__(self, config):
         super().__init__()
@@ -277,42 +238,37 @@ class Transformer(nn.Module):
         if self.config.tie:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def visit(self):
-        """The layers in order."""
-        return iter(self.layers)
-
-    def hidden_of(self, passes, cache=None):
-        """[(tokens (B,T) int64, choose_k), ..] -> the last hidden states (B,T,C) of each, for the head.
-
-        All passes go through a layer before any goes on to the next, and share the cost of having it there.
-        """
-        T = max(tokens.shape[1] for tokens, _ in passes)
-        xs = [self.embed_tokens(tokens) for tokens, _ in passes]            # (B,T,C) each
-        if cache is None:
-            rope, mask = rope_table(self.config, torch.arange(T, device=self.device), xs[0].dtype), None
-        else:
-            rope, mask = cache.rope(T), cache.mask(T)         # cos and sin (T,D); (T,S) bool or None
-        ropes = [[table[:x.shape[1]] for table in rope] for x in xs]        # passes may differ in T
-        moe_layer = 0
-        for layer in self.visit():
-            for i, (_, choose_k) in enumerate(passes):
-                xs[i] = layer(xs[i], ropes[i], mask, cache, moe_layer, choose_k)
-            moe_layer += not layer.dense
+    def positions(self, T, cache, dtype):
+        """(cos, sin), (T,D) each, of T tokens behind the cache, and their mask (T,S) or None."""
         if cache is not None:
-            cache.advance(T)
-        return [self.norm(x) for x in xs]
+            return cache.rope(T), cache.mask(T)
+        places = torch.arange(T, device=self.device)
+        return rope_table(self.config, places, dtype), None
 
     def hidden(self, tokens, choose_k=None, cache=None):
-        """The last hidden states (B,T,C) of one pass. Arguments as in `forward`."""
-        return self.hidden_of([(tokens, choose_k)], cache)[0]
+        """The last hidden states (B,T,C), for the head. Arguments as in `forward`."""
+        x = self.embed_tokens(tokens)                                       # (B,T,C)
+        T = tokens.shape[1]
+        rope, mask = self.positions(T, cache, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rope, mask, cache, choose_k)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def hidden_of(self, passes):
+        """[(tokens (B,T), choose_k), ..] -> [hidden states (B,T,C), ..].
+
+        A model whose weights come and go layer by layer (scale/) makes one sweep over them for all passes.
+        """
+        return [self.hidden(tokens, choose_k) for tokens, choose_k in passes]
 
     def forward(self, tokens, choose_k=None, cache=None):
         """tokens (B,T) int64 -> logits (B,T,V) in the model's dtype.
 
         choose_k(layer, x (P,C), probs (P,N)) -> k (P,) integer in 1..choose_k.k_max decides how many experts
-        each token runs in MoE layer 0..L-1; x is what the router reads, probs its fp32 softmax. None: the
-        model's own K. A policy with a method `select` weighs the experts too, as moe_dispatch.py:select does.
-        cache: a `Cache` or `StaticCache`; the tokens are taken to follow those it has seen.
+        each token runs in MoE layer 0..L-1; x is what the router reads, probs its fp32 softmax. It is a
+        `Policy` of allocator.py; None: the model's own K. cache: a `Cache`, behind whose tokens these stand.
         """
         return self.lm_head(self.hidden(tokens, choose_k, cache))
 
@@ -325,57 +281,79 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
 
-class Decoder:
-    """One decoding step after another behind a filled cache: step(new (B,1)) -> the next logits (B,V) fp32.
+# ================================================================ decoding, token by token
 
-    On CUDA, where torch has a grouped matmul without host sync, the third step is captured in a CUDA graph:
-    from then on a step is one launch instead of hundreds. `choose_k` must then be free of host syncs too, as
-    all of allocator.py are.
+class Cache:
+    """Keys and values (layers, B, kv heads, max_len, D) of the tokens seen so far, filled up to `length`.
+
+    AssertionError where more tokens come than it has places for.
     """
 
-    def __init__(self, model, choose_k, cache):
-        self.model, self.choose_k, self.cache = model, choose_k, cache
-        B = cache.k.shape[1]
-        self.graph, self.steps = None, 0
-        resident, few = type(model) is Transformer, B <= moe_dispatch.STATIC_TOKENS
-        self.capture = resident and few and moe_dispatch.native(cache.k)
-        if self.capture:
-            self.cache = StaticCache(cache)
-            self.new = torch.zeros(B, 1, dtype=torch.long, device=cache.k.device)  # the graph's input
+    def __init__(self, config, B, max_len, device, dtype):
+        shape = config.n_layers, B, config.n_kv_heads, max_len, config.head_dim
+        places = torch.arange(max_len, device=device)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.table = rope_table(config, places, dtype)                      # (max_len,D) both
+        self.length = 0
 
-    def eager(self, new):
-        return self.model.lm_head(self.model.hidden(new, self.choose_k, self.cache)[:, -1]).float()
+    def rope(self, T):
+        """cos and sin (T,D) of the next T tokens."""
+        end = self.length + T
+        assert end <= self.k.shape[3], f'{end} tokens in a cache of {self.k.shape[3]}'
+        return [table[self.length:end] for table in self.table]
 
-    def __call__(self, new):
-        self.steps += 1
-        if not self.capture or self.steps < 3:     # the first steps start what must not start in a capture
-            return self.eager(new)
-        self.new.copy_(new)
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):                 # records, does not run
-                self.logits = self.eager(self.new)
-        self.graph.replay()
-        return self.logits
+    def mask(self, T):
+        """Which of the S tokens seen the next T may look at, (T,S) bool; None: plain causal attention."""
+        if T == 1 or self.length == 0:
+            return None
+        S = self.length + T
+        everything = torch.ones(T, S, dtype=torch.bool, device=self.k.device)
+        return everything.tril(self.length)
+
+    def extend(self, layer, k, v):
+        """Write k, v (B,kv heads,T,D) behind what was seen; return all keys and values of the layer."""
+        seen = []
+        for places, new in ((self.k[layer], k), (self.v[layer], v)):
+            T = new.shape[2]
+            places.narrow(2, self.length, T).copy_(new)
+            seen.append(places.narrow(2, 0, self.length + T))
+        return seen
+
+    def advance(self, T):
+        self.length += T
+
+
+def next_logits(model, tokens, choose_k, cache):
+    """The logits (B,V) in fp32 behind the last of tokens (B,T), which stand behind those of the cache."""
+    last = model.hidden(tokens, choose_k, cache)[:, -1]                     # (B,C)
+    return model.lm_head(last).float()
+
+
+def eager_decoder(model, choose_k, cache):
+    """step(new (B,1)) -> the next logits (B,V). scale/graph.py has one that a CUDA graph makes faster."""
+    return lambda new: next_logits(model, new, choose_k, cache)
 
 
 @torch.inference_mode()
-def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
+def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=None, decoder=eager_decoder):
     """Yield the n tokens behind tokens (B,T), (B,1) each; temperature 0 takes the most probable."""
     B, T = tokens.shape
     cache = Cache(model.config, B, T + n, model.device, model.dtype)
-    logits = model.lm_head(model.hidden(tokens, choose_k, cache)[:, -1]).float()  # (B,V)
-    step = Decoder(model, choose_k, cache)
+    logits = next_logits(model, tokens, choose_k, cache)                    # (B,V)
+    step = decoder(model, choose_k, cache)
     for i in range(n):
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)                           # (B,1)
         else:
-            new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+            probs = F.softmax(logits / temperature, dim=-1)
+            new = torch.multinomial(probs, 1, generator=generator)          # (B,1)
         yield new
         if i + 1 < n:
             logits = step(new)
 
 
-def generate(model, tokens, n, choose_k=None, temperature=0.0, generator=None):
+def generate(model, tokens, n, *how, **named):
     """Continue tokens (B,T) by n tokens -> (B,T+n). Arguments as in `generate_steps`."""
-    return torch.cat([tokens, *generate_steps(model, tokens, n, choose_k, temperature, generator)], dim=1)
+    new = generate_steps(model, tokens, n, *how, **named)
+    return torch.cat([tokens, *new], dim=1)

@@ -1,18 +1,38 @@
-"""base/pretrain.py: a small Mixtral from scratch: Muon for matrices, AdamW for the rest, balanced experts."""
+"""base/pretrain.py: a small Mixtral from scratch: Muon for matrices, Adam for the rest, balanced experts."""
 import torch
 import torch.nn.functional as F
 
 from allocator import TopK, Watched
-from base.documents import digest_of
-from model import Transformer
+from base.documents import text_digest
+from model import Config, Transformer
 from run.console import Progress
 
+BATCH = 16              # sequences of a training step
 MUON_LR = 0.02          # of the matrices
+MOMENTUM = 0.95         # of Muon
 ADAM_LR = 3e-3          # of embedding, head, routers, norms
 BALANCE = 0.01          # weight of the load-balancing loss
-# the settings that a base model depends on, beside its text
-RECIPE = ('n_vocab', 'seq', 'n_layers', 'dim', 'n_heads', 'n_kv_heads', 'n_experts', 'top_k', 'expert_dim',
-          'base_steps', 'base_batch', 'bf16')
+SIZES = 'n_layers', 'dim', 'n_heads', 'n_experts', 'top_k', 'expert_dim'
+TRAINING = 'n_vocab', 'seq', 'base_steps'
+
+
+def recipe_of(s, documents):
+    """What a base model depends on: settings, and a digest of the text."""
+    settings = {name: getattr(s, name) for name in SIZES + TRAINING}
+    return {'text': text_digest(documents), **settings}
+
+
+def config_of(s, n_vocab=None):
+    """The Config of the base model of Settings s; n_vocab: the tokens that were learnt, s.n_vocab at most."""
+    n_vocab = n_vocab or s.n_vocab
+    return Config(
+        **{name: getattr(s, name) for name in SIZES},
+        n_vocab=n_vocab,
+        n_kv_heads=s.n_heads // 2,
+        head_dim=s.dim // s.n_heads,
+        eos=n_vocab - 1,
+        max_len=max(s.seq, Config.max_len),
+    )
 
 
 def orthogonalise(G):
@@ -22,23 +42,25 @@ def orthogonalise(G):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(3):              # five are usual; three cost less and measured the same here
         A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        B = -4.7750 * A + 2.0315 * A @ A
+        X = 3.4445 * X + B @ X
     return X.mT if tall else X
 
 
 class Muon:
     """Momentum orthogonalised by Newton-Schulz; torch's own takes single matrices, the experts are stacks."""
 
-    def __init__(self, params, lr, momentum=0.95):
-        self.params, self.lr, self.momentum = params, lr, momentum
+    def __init__(self, params):
+        self.params = params
         self.averages = [torch.zeros_like(p) for p in params]
 
     @torch.no_grad()
-    def step(self, scale):
+    def step(self, lr):
         for p, average in zip(self.params, self.averages):
-            average.lerp_(p.grad, 1 - self.momentum)
-            update = orthogonalise(p.grad.lerp(average, self.momentum))
-            p.add_(update, alpha=-scale * self.lr * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
+            average.lerp_(p.grad, 1 - MOMENTUM)
+            update = orthogonalise(p.grad.lerp(average, MOMENTUM))
+            m, n = p.shape[-2:]
+            p.add_(update, alpha=-lr * max(1, m / n) ** 0.5)
 
 
 def balance_loss(router_probs, top_k):
@@ -48,54 +70,59 @@ def balance_loss(router_probs, top_k):
     """
     total = 0
     for probs in router_probs:
-        chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k).indices, 1 / top_k)  # (P,N)
-        total = total + probs.shape[1] * (chosen.mean(0) * probs.mean(0)).sum()
+        chosen = probs.topk(top_k).indices                                  # (P,K)
+        share = torch.zeros_like(probs).scatter_(1, chosen, 1 / top_k)      # (P,N)
+        balance = share.mean(0) * probs.mean(0)                             # (N,)
+        total = total + len(balance) * balance.sum()
     return total / len(router_probs)
 
 
+@torch.no_grad()
 def new_model(config, seed):
     """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), smaller at residuals."""
-    model, generator = Transformer(config), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1:
-                std = 0.02 if name.startswith(('embed', 'lm_head')) else p.shape[-1] ** -0.5
-                p.normal_(0, std, generator=generator)
-            if name.endswith(('o_proj.weight', 'w_out')):
-                p.mul_((2 * config.n_layers) ** -0.5)
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            std = p.shape[-1] ** -0.5 if 'layers' in name else 0.02
+            p.normal_(0, std, generator=generator)
+        if name.endswith(('o_proj.weight', 'w_out')):
+            p.mul_((2 * config.n_layers) ** -0.5)
     return model
 
 
 def learn_base(s, config, text):
     """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
     model = new_model(config, seed=0).to(s.device)
-    matrices, others = [], []
+    matrices = []
+    others = []
     for name, p in model.named_parameters():
-        is_matrix = p.dim() > 1 and not name.startswith(('embed', 'lm_head')) and 'router' not in name
-        (matrices if is_matrix else others).append(p)
-    muon = Muon(matrices, MUON_LR)
-    adam = torch.optim.AdamW(others, ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
-    batches = text.batches(s.base_batch, s.seq, torch.Generator().manual_seed(0))
+        if p.dim() > 1 and 'layers' in name and 'router' not in name:
+            matrices.append(p)
+        else:
+            others.append(p)
+    muon = Muon(matrices)
+    adam = torch.optim.Adam(others, betas=(0.9, 0.95))
+    batches = text.batches(BATCH, s.seq, torch.Generator().manual_seed(0))
     progress = Progress('base', s.base_steps)
     for step in range(1, s.base_steps + 1):
-        inputs, targets = (z.to(s.device) for z in next(batches))           # (B,T) both
-        seen = []                                                         # the routers' (P,N), layer by layer
-        watched = Watched(TopK(s.top_k), lambda layer, x, probs, k: seen.append(probs))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
-            logits = model(inputs, watched)                                 # (B,T,V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        (loss + BALANCE * balance_loss(seen, s.top_k)).backward()
-        rise, fall = step / 10, (s.base_steps - step + 1) / (0.5 * s.base_steps)
+        inputs, targets = next(batches)                                     # (B,T) both
+        router_probs = []                                                   # (P,N), layer by layer
+        policy = Watched(
+            TopK(config.top_k),
+            lambda layer, x, probs, k: router_probs.append(probs),
+        )
+        logits = model(inputs.to(s.device), policy)                         # (B,T,V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.to(s.device).flatten())
+        balance = balance_loss(router_probs, config.top_k)
+        (loss + BALANCE * balance).backward()
+        rise = step / 10
+        fall = (s.base_steps - step + 1) / (0.5 * s.base_steps)
         scale = min(rise, fall, 1)                                          # warm up, hold, linear to 0
-        muon.step(scale)
-        adam.param_groups[0]['lr'] = ADAM_LR * scale
+        muon.step(MUON_LR * scale)
+        for group in adam.param_groups:
+            group['lr'] = ADAM_LR * scale
         adam.step()
-        for p in model.parameters():
-            p.grad = None
+        model.zero_grad()
         progress(step, step * inputs.numel(), loss=loss.item())
     return model
-
-
-def base_recipe(s, documents):
-    """What a base model depends on: settings, and a digest of the text."""
-    return {'text': digest_of(documents), **{name: getattr(s, name) for name in RECIPE}}

@@ -1,152 +1,166 @@
 """hub/config.py: the hub's config.json of five families of MoE models, to and from `Config`.
 
-FIELDS and DEFAULTS say what each value may be and what a family takes where it is missing. What a Config
-cannot express (quantised weights, scaled positions, ..) is refused by name; what changes nothing is accepted.
-Spellings of transformers 4 and 5 are both read.
+What a Config cannot express (quantised weights, scaled positions, ..) is refused by name; what changes
+nothing is accepted. Spellings of transformers 4 and 5 are both read.
 """
 from pathlib import Path
 
-from hub.files import REQUIRED, InputError, checked, read_object
+from hub.files import InputError, read_json
 from model import Config
 
-FAMILIES = 'mixtral', 'qwen2_moe', 'deepseek', 'olmoe', 'qwen3_moe'
-MOST_LAYERS = 1000      # more is a damaged file, and each becomes a Python object
-LARGEST = 2 ** 40       # of any size
-
-# every field that is read: (type or values, least, most)
+# the hub's name of a field: ours
 FIELDS = {
-    'model_type': (FAMILIES, None, None), 'hidden_act': (('silu', 'swish'), None, None),
-    'vocab_size': (int, 1, LARGEST), 'hidden_size': (int, 1, LARGEST),
-    'num_hidden_layers': (int, 1, MOST_LAYERS), 'num_attention_heads': (int, 1, LARGEST),
-    'num_key_value_heads': (int, 1, LARGEST), 'head_dim': (int, 2, LARGEST),
-    'intermediate_size': (int, 1, LARGEST), 'moe_intermediate_size': (int, 1, LARGEST),
-    'shared_expert_intermediate_size': (int, 0, LARGEST), 'n_shared_experts': (int, 0, LARGEST),
-    'num_local_experts': (int, 1, LARGEST), 'num_experts': (int, 1, LARGEST),
-    'n_routed_experts': (int, 1, LARGEST), 'num_experts_per_tok': (int, 1, LARGEST),
-    'norm_topk_prob': (bool, None, None), 'decoder_sparse_step': (int, 1, LARGEST),
-    'mlp_only_layers': (list, None, None), 'first_k_dense_replace': (int, 0, LARGEST),
-    'moe_layer_freq': (int, 1, LARGEST), 'qkv_bias': (bool, None, None),
-    'tie_word_embeddings': (bool, None, None), 'rope_theta': (float, 1e-3, 1e15),
-    'rms_norm_eps': (float, 0, 1), 'max_position_embeddings': (int, 1, LARGEST),
-    'sliding_window': (int, 0, LARGEST), 'use_sliding_window': (bool, None, None),
-    'rope_parameters': (dict, None, None), 'rope_scaling': (dict, None, None)}
-# what a field is where the file does not say; sizes that are not here must be there
-OPTIONAL = dict(
-    hidden_act='silu', num_key_value_heads=None, head_dim=None, shared_expert_intermediate_size=0,
-    n_shared_experts=0, num_local_experts=None, num_experts=None, n_routed_experts=None, norm_topk_prob=False,
-    decoder_sparse_step=1, mlp_only_layers=[], first_k_dense_replace=0, moe_layer_freq=1, qkv_bias=True,
-    tie_word_embeddings=False, rope_theta=1e4, rms_norm_eps=1e-6, sliding_window=None,
-    use_sliding_window=False, rope_parameters={}, rope_scaling={})
+    'model_type': 'model_type',
+    'vocab_size': 'n_vocab',
+    'hidden_size': 'dim',
+    'num_hidden_layers': 'n_layers',
+    'num_attention_heads': 'n_heads',
+    'num_key_value_heads': 'n_kv_heads',
+    'head_dim': 'head_dim',
+    'num_experts_per_tok': 'top_k',
+    'tie_word_embeddings': 'tie',
+    'rope_theta': 'rope_theta',
+    'rms_norm_eps': 'norm_eps',
+    'max_position_embeddings': 'max_len',
+}
+# what it means that a file does not say: the base of the rotary angles, the epsilon of the norms
 DEFAULTS = {
-    'mixtral': dict(rope_theta=1e6, rms_norm_eps=1e-5, num_experts_per_tok=2, max_position_embeddings=131072),
-    'qwen2_moe': dict(num_experts_per_tok=4, max_position_embeddings=32768),
-    'qwen3_moe': dict(num_experts_per_tok=8, max_position_embeddings=32768),
-    'olmoe': dict(rms_norm_eps=1e-5, num_experts_per_tok=8, max_position_embeddings=4096),
-    'deepseek': dict(max_position_embeddings=2048)}
-# switches that change a model in a way that model.py does not compute, and the values that do not
-UNSUPPORTED = {
-    'quantization_config': (None, {}), 'clip_qkv': (None,), 'attention_bias': (None, False),
-    'mlp_bias': (None, False), 'routed_scaling_factor': (None, 1), 'scoring_func': (None, 'softmax'),
-    'partial_rotary_factor': (None, 1)}
-PLAIN_ROPE = None, 'default'
+    'mixtral': (1e6, 1e-5),
+    'qwen2_moe': (1e4, 1e-6),
+    'qwen3_moe': (1e4, 1e-6),
+    'olmoe': (1e4, 1e-5),
+    'deepseek': (1e4, 1e-6),
+}
+EXPERTS = 'num_local_experts', 'num_experts', 'n_routed_experts'     # one thing, spelled in three ways
+# what decides about the computation, and the values for which model.py computes the same
+SUPPORTED = {
+    'model_type': tuple(DEFAULTS),
+    'quantization_config': (None, {}),
+    'hidden_act': (None, 'silu', 'swish'),
+    'clip_qkv': (None,),
+    'attention_bias': (None, False),
+    'mlp_bias': (None, False),
+    'routed_scaling_factor': (None, 1),
+    'scoring_func': (None, 'softmax'),
+    'rope_type': (None, 'default'),
+    'type': (None, 'default'),              # the same in older files
+    'partial_rotary_factor': (None, 1),
+}
+# larger numbers come from a damaged file: each layer and each expert becomes a Python object
+LARGEST = {int: 2 ** 20, float: 1e15}
+MOST_EXPERTS = 100_000      # of all layers
 
 
-def from_hf(hf):
-    """The Config of a hub config.json (a dict). InputError names what is missing or not supported."""
-    where = 'config.json'
-    family = checked(hf, 'model_type', where, FAMILIES)
-    for name, plain in UNSUPPORTED.items():
-        if hf.get(name) not in plain:
-            raise InputError(f'{where}: {name} {hf[name]} is not supported')
-    defaults = {**OPTIONAL, **DEFAULTS[family]}
+class Fields:
+    """The values of a config.json, each of the right type, or one line that names it."""
 
-    def get(name, values=hf):
-        kind, least, most = FIELDS[name]
-        return checked(values, name, where, kind, defaults.get(name, REQUIRED), least, most)
-    get('hidden_act')
-    config = Config(**sizes(get, family), rope_theta=rope_theta(get), max_len=longest(get, hf))
-    c = config
-    if c.top_k > c.n_experts:
-        raise InputError(f'{where}: num_experts_per_tok {c.top_k} is more than the {c.n_experts} experts')
-    if c.n_heads % c.n_kv_heads or c.head_dim % 2 or not c.head_dim:
-        raise InputError(f'{where}: {c.n_heads} query heads, {c.n_kv_heads} key and value heads and a '
-                         f'head_dim of {c.head_dim} do not go together')
-    for name in ('bos_token_id', 'eos_token_id'):
-        setattr(config, name[:3], first_id(hf, name, where))
-    return config
+    def __init__(self, values, where):
+        self.values = values
+        self.where = where
 
+    def get(self, name, default=None):
+        """A value of the default's type; a number is above 0 or the default itself.
 
-def sizes(get, family):
-    """The fields of Config that shape its weights and its computation."""
-    n_layers, dim, heads = get('num_hidden_layers'), get('hidden_size'), get('num_attention_heads')
-    qwen, deepseek = family in ('qwen2_moe', 'qwen3_moe'), family == 'deepseek'
-    expert_dim = get('moe_intermediate_size' if qwen or deepseek else 'intermediate_size')
-    shared_dim = {'qwen2_moe': lambda: get('shared_expert_intermediate_size'),
-                  'deepseek': lambda: get('n_shared_experts') * expert_dim}.get(family, lambda: 0)()
-    dense = dense_layers(get, family, range(n_layers))
-    names = ['num_local_experts', 'num_experts', 'n_routed_experts']
-    n_experts = [n for n in map(get, names) if n is not None]
-    if len(set(n_experts)) != 1:
-        raise InputError(f'config.json: one of {", ".join(names)} must say how many experts there are')
-    return dict(
-        model_type=family, n_vocab=get('vocab_size'), dim=dim, n_layers=n_layers, n_heads=heads,
-        n_kv_heads=get('num_key_value_heads') or heads, head_dim=get('head_dim') or dim // heads,
-        n_experts=n_experts[0], top_k=get('num_experts_per_tok'), expert_dim=expert_dim,
-        norm_topk=family == 'mixtral' or get('norm_topk_prob'),
-        shared_dim=shared_dim, shared_gate=family == 'qwen2_moe' and shared_dim > 0,
-        dense_layers=dense, dense_dim=get('intermediate_size') if dense else 0,
-        qkv_bias=family == 'qwen2_moe' and get('qkv_bias'),
-        qk_norm={'olmoe': 'all', 'qwen3_moe': 'head'}.get(family, ''),
-        tie=get('tie_word_embeddings'), norm_eps=get('rms_norm_eps'))
+        Missing or null: the default. Without one it must be there, a whole number.
+        """
+        value = self.values.get(name)
+        if value is None:
+            value = default
+        kind = int if default is None else type(default)
+        right = type(value) is kind or kind is float and type(value) is int
+        if right and kind in LARGEST:
+            right = 0 < value <= LARGEST[kind] or value == default
+        if not right:
+            self.refuse(f'{name} is {value!r:.60}: missing, of another type, or out of range')
+        return kind(value)
+
+    def refuse(self, why):
+        raise InputError(f'{self.where}: {why}')
 
 
-def dense_layers(get, family, layers):
-    """Those of the layers that have a plain MLP and no router, a tuple of numbers."""
-    if family.startswith('qwen'):
-        step, plain = get('decoder_sparse_step'), get('mlp_only_layers')
-        if any(type(i) is not int for i in plain):
-            raise InputError(f'config.json: mlp_only_layers {plain} are no numbers of layers')
-        dense = tuple(i for i in layers if i in plain or (i + 1) % step)
-    elif family == 'deepseek':
-        first, step = get('first_k_dense_replace'), get('moe_layer_freq')
-        dense = tuple(i for i in layers if i < first or i % step)
-    else:
-        dense = ()
-    if len(dense) == len(layers):
-        raise InputError('config.json: no layer has experts')
-    return dense
+def from_hf(hf, where='config.json'):
+    """The Config of a hub config.json (a dict). InputError names what is missing or not supported.
+
+    Without bos and eos, which are the tokenizer's.
+    """
+    f = Fields(hf, where)
+    # transformers 4 and 5 keep what belongs to the rotary angles in an object of its own
+    f.values = {**hf, **f.get('rope_parameters', {}), **f.get('rope_scaling', {})}
+    for name, known in SUPPORTED.items():
+        value = f.values.get(name)
+        if value not in known:
+            f.refuse(f'{name} {value!r:.60} is not supported, only {known}')
+
+    family = hf['model_type']
+    theta, eps = DEFAULTS[family]
+    heads = f.get('num_attention_heads')
+    defaults = {
+        'model_type': '',
+        'num_key_value_heads': heads,
+        'head_dim': f.get('hidden_size') // heads,
+        'tie_word_embeddings': False,
+        'rope_theta': theta,
+        'rms_norm_eps': eps,
+    }
+    c = Config(**{ours: f.get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()})
+
+    experts = 'num_experts'
+    for name in EXPERTS:
+        if hf.get(name) is not None:
+            experts = name
+    c.n_experts = f.get(experts)
+    one_width = family in ('mixtral', 'olmoe')                  # else dense layers have another
+    c.expert_dim = f.get('intermediate_size' if one_width else 'moe_intermediate_size')
+    c.norm_topk = family == 'mixtral' or f.get('norm_topk_prob', False)
+    c.qk_norm = {'olmoe': 'all', 'qwen3_moe': 'head'}.get(family, '')
+    if family == 'deepseek':
+        c.shared_dim = f.get('n_shared_experts', 0) * c.expert_dim
+    if family == 'qwen2_moe':
+        c.shared_dim = f.get('shared_expert_intermediate_size', 0)
+        c.shared_gate = c.shared_dim > 0
+        c.qkv_bias = f.get('qkv_bias', True)
+    c.dense_layers = dense_layers(f, c.n_layers)
+    if c.dense_layers:
+        c.dense_dim = f.get('intermediate_size')
+    window = f.get('sliding_window', 0)
+    if window and f.get('use_sliding_window', family == 'mixtral'):
+        c.max_len = min(c.max_len, window)                      # up to there a window changes nothing
+
+    fits = (
+        c.n_layers * c.n_experts <= MOST_EXPERTS
+        and c.top_k <= c.n_experts
+        and c.n_heads % c.n_kv_heads == 0
+        and c.head_dim % 2 == 0 < c.head_dim
+        and len(c.dense_layers) < c.n_layers
+    )
+    if not fits:
+        f.refuse(f'these numbers do not go together: {c}')
+    return c
 
 
-def rope_theta(get):
-    """The base of the rotary angles; InputError for positions that are scaled."""
-    theta = get('rope_theta')
-    for name in ('rope_scaling', 'rope_parameters'):
-        rope = get(name)
-        kind = rope.get('rope_type', rope.get('type'))
-        scaled = kind not in PLAIN_ROPE and (kind, rope.get('factor')) != ('linear', 1)
-        if scaled or rope.get('partial_rotary_factor') not in (None, 1):
-            raise InputError(f'config.json: {name} {rope} is not supported')
-        if rope.get('rope_theta') is not None:
-            theta = get('rope_theta', rope)
-    return float(theta)
-
-
-def longest(get, hf):
-    """The longest sequence that the model computes as model.py does: within its positions and its window."""
-    slides = get('use_sliding_window') or not hf['model_type'].startswith('qwen')
-    window = get('sliding_window') if slides else None
-    return min(get('max_position_embeddings'), window or LARGEST)
+def dense_layers(f, n_layers):
+    """The layers that have a plain MLP and no router: a family knows two of these four fields, or none."""
+    plain = token_ids(f.values, 'mlp_only_layers', f.where)
+    qwen_step = f.get('decoder_sparse_step', 1)
+    deepseek_first = f.get('first_k_dense_replace', 0)
+    deepseek_step = f.get('moe_layer_freq', 1)
+    dense = []
+    for i in range(n_layers):
+        if i in plain or (i + 1) % qwen_step or i < deepseek_first or i % deepseek_step:
+            dense.append(i)
+    return tuple(dense)
 
 
 def token_ids(values, name, where):
     """The ids of a field that holds one, a list of them, or nothing."""
     ids = values.get(name)
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return [checked({name: i}, name, where, int, least=0) for i in ids]
-
-
-def first_id(values, name, where):
-    return next(iter(token_ids(values, name, where)), None)
+    if ids is None:
+        return []
+    if not isinstance(ids, list):
+        ids = [ids]
+    if any(type(i) is not int or not 0 <= i < 2 ** 31 for i in ids):
+        raise InputError(f'{where}: {name} {ids!r:.60} is no number from 0 on, or a list of them')
+    return ids
 
 
 def to_hf(config):
@@ -154,19 +168,18 @@ def to_hf(config):
     c = config
     assert c.model_type == 'mixtral', c.model_type
     return {
-        'architectures': ['MixtralForCausalLM'], 'model_type': 'mixtral', 'vocab_size': c.n_vocab,
-        'hidden_size': c.dim, 'num_hidden_layers': c.n_layers, 'num_attention_heads': c.n_heads,
-        'num_key_value_heads': c.n_kv_heads, 'head_dim': c.head_dim, 'num_local_experts': c.n_experts,
-        'num_experts_per_tok': c.top_k, 'intermediate_size': c.expert_dim, 'hidden_act': 'silu',
-        'tie_word_embeddings': c.tie, 'rope_theta': c.rope_theta, 'rms_norm_eps': c.norm_eps,
-        'max_position_embeddings': c.max_len, 'sliding_window': None,
-        'bos_token_id': c.bos, 'eos_token_id': c.eos}
+        'architectures': ['MixtralForCausalLM'],
+        **{theirs: getattr(c, ours) for theirs, ours in FIELDS.items()},
+        'num_local_experts': c.n_experts,
+        'intermediate_size': c.expert_dim,
+        'hidden_act': 'silu',
+        'sliding_window': None,
+        'bos_token_id': c.bos,
+        'eos_token_id': c.eos,
+    }
 
 
 def read_config(folder):
     """The Config of a checkpoint folder; InputError names the file."""
-    hf = read_object(Path(folder) / 'config.json')
-    try:
-        return from_hf(hf)
-    except InputError as e:
-        raise InputError(f'{folder}/{e}') from None
+    path = Path(folder) / 'config.json'
+    return from_hf(read_json(path), path)

@@ -3,8 +3,8 @@
 The lowest floor: whoever reads or writes a file of this project does it through here or through
 hub/safetensors.py.
 """
+import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
@@ -13,6 +13,29 @@ import torch.distributed as dist
 
 class InputError(ValueError):
     """A wrong input, told in one line: what, where, what to do. Scripts print it and exit with status 2."""
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Within `with`: whatever goes wrong while the file is read and understood is one line that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as e:
+        raise InputError(f'{path}: {e.strerror or e}') from None
+    except Exception as e:
+        cause = ' '.join(f'{type(e).__name__} {e}'.split())[:100]
+        raise InputError(f'{path}: damaged, or of another version ({cause})') from None
+
+
+def read_json(path):
+    """The object in a JSON file, a dict."""
+    with reading(path):
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(value, dict):
+            raise InputError(f'{path}: not a JSON object')
+    return value
 
 
 def write_whole(path, write):
@@ -36,53 +59,5 @@ def write_whole(path, write):
 
 def write_json(path, value):
     """`value` as an indented JSON file, UTF-8."""
-    write_whole(path, lambda f: f.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
-
-
-def read_json(path):
-    """What a JSON file holds; InputError names the file if it is missing or is no JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as e:
-        raise InputError(f'{path}: {e.strerror or e}') from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f'{path}: not JSON ({str(e)[:100]})') from None
-
-
-def read_object(path):
-    """The object in a JSON file, a dict."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise InputError(f'{path}: not a JSON object')
-    return values
-
-
-REQUIRED = object()     # a field without a default
-
-
-def checked(values, name, where, kind, default=REQUIRED, least=None, most=None):
-    """values[name] of a JSON object, checked; the default where it is missing or null.
-
-    kind: bool, int, float (a whole number will do, NaN and infinity will not), str, list, dict, or a tuple of
-    all values that make sense. least, most: bounds of a number. InputError says where, what, and what was
-    expected.
-    """
-    value = values.get(name)
-    if value is None and default is not REQUIRED:
-        return default
-    if value is None:
-        raise InputError(f'{where}: the field {name!r} is missing')
-    if isinstance(kind, tuple):
-        good, wanted = any(type(value) is type(k) and value == k for k in kind), f'one of {kind}'
-    elif kind in (int, float):
-        good = type(value) in {int: (int,), float: (int, float)}[kind] and math.isfinite(value)
-        good = good and (least is None or value >= least) and (most is None or value <= most)
-        wanted = 'a whole number' if kind is int else 'a number'
-        wanted += f' of at least {least}' if least is not None else ''
-        wanted += f' and at most {most}' if most is not None else ''
-    else:
-        good = type(value) is kind
-        wanted = {bool: 'true or false', str: 'a string', list: 'a list', dict: 'an object'}[kind]
-    if not good:
-        raise InputError(f'{where}: {name} is {json.dumps(value)[:80]}, it must be {wanted}')
-    return value
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_whole(path, lambda f: f.write(text.encode()))

@@ -10,13 +10,17 @@ import copy
 import torch
 
 from allocator import AdaK, Allocators, Counted
-from hub.checkpoint import router_digest
+from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
 from moe_dispatch import select, used
 
-ROUTERS = {'mixtral': 'MixtralTopKRouter', 'qwen2_moe': 'Qwen2MoeTopKRouter',
-           'qwen3_moe': 'Qwen3MoeTopKRouter', 'olmoe': 'OlmoeTopKRouter'}
+ROUTERS = {
+    'mixtral': 'MixtralTopKRouter',
+    'qwen2_moe': 'Qwen2MoeTopKRouter',
+    'qwen3_moe': 'Qwen3MoeTopKRouter',
+    'olmoe': 'OlmoeTopKRouter',
+}
 
 
 def attach(model, policy):
@@ -25,15 +29,22 @@ def attach(model, policy):
     model: a ...ForCausalLM. InputError, and an untouched model, for a family or version that is not known, a
     router that was changed before, quantised experts, or allocators of another base.
     """
-    blocks, config = checked_blocks(model)
+    blocks, config = check_blocks(model)
     if not callable(policy):
-        policy = AdaK(Allocators.load(policy, config, router_digest(b.gate.weight for b in blocks)))
+        weights = []                                           # hub/checkpoint.py:weights_digest
+        for block in blocks:
+            weights.append(block.gate.weight)                               # (N,C)
+            weights.append(block.experts.down_proj[:, 0])                   # (N,F)
+        base = weights_digest(weights)
+        policy = AdaK(Allocators.load(policy, config, base))
     if policy.k_max > config.n_experts:
         raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
-    tally.blocks, tally.handles = blocks, [model.register_forward_pre_hook(tally.see, with_kwargs=True)]
+    tally.blocks = blocks
+    tally.handles = [model.register_forward_pre_hook(tally.see, with_kwargs=True)]
     for layer, block in enumerate(blocks):
-        hook = router_hook(layer, on_device(policy, block.gate.weight.device), config, tally)
+        there = on_device(policy, block.gate.weight.device)
+        hook = router_hook(layer, there, config, tally)
         tally.handles.append(block.gate.register_forward_hook(hook))
         block.experts._is_expert_parallel = True
     model._ada_k = tally
@@ -53,18 +64,20 @@ def detach(model):
 
 class Tally(Counted):
     """How often each k was chosen in each layer, `counts` (L,k_max+1), at tokens that are no padding."""
-
     real = None                     # which tokens of this pass, (P,) bool; None: all
 
     def see(self, model, args, kwargs):
         """Before every pass: which of its tokens are real, by the attention mask where there is one."""
-        mask, ids = kwargs.get('attention_mask'), kwargs.get('input_ids', args[0] if args else None)
-        known = isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None
-        self.real = mask[:, -ids.shape[1]:].flatten().bool() if known else None
+        mask = kwargs.get('attention_mask')
+        ids = kwargs.get('input_ids', args[0] if args else None)
+        self.real = None
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None:
+            self.real = mask[:, -ids.shape[1]:].flatten().bool()
 
     def count(self, layer, x, probs, k):
-        real = k if self.real is None else k[self.real.to(k.device)]
-        super().count(layer, x, probs, real.to(self.counts.device))
+        if self.real is not None:
+            k = k[self.real.to(k.device)]
+        super().count(layer, x, probs, k.to(self.counts.device))
 
 
 def router_hook(layer, policy, config, tally):
@@ -75,7 +88,9 @@ def router_hook(layer, policy, config, tally):
         probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
         k = policy(layer, x, probs)                                         # (P,)
         tally.count(layer, x, probs, k)
-        width = int(k.max()) if k.device.type == 'cpu' else policy.k_max   # a GPU would have to wait for it
+        width = policy.k_max
+        if k.device.type == 'cpu':                                          # a GPU would have to wait for it
+            width = int(k.max())
         ids, chosen = select(probs, k, width, config.norm_topk)             # (P,width) both
         ids = torch.where(used(k, width), ids, config.n_experts)
         return logits, chosen.to(weights.dtype), ids
@@ -90,31 +105,22 @@ def on_device(policy, device):
     return policy
 
 
-def checked_blocks(model):
-    """([the MoE blocks in order], Config) of a model; InputError names what is not as it should be."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError('attach: needs transformers 5; install it with: pip install transformers') from None
-    hf = getattr(model, 'config', None)
-    family = getattr(hf, 'model_type', None)
-    if family not in ROUTERS:
-        raise InputError(f'attach: a model of the family {family!r} is not known, only {", ".join(ROUTERS)}')
-    if hasattr(model, '_ada_k'):
-        raise InputError('attach: a policy is attached to this model already; detach it first')
-    config = from_hf(hf.to_dict())
-    blocks = [layer.mlp for i, layer in enumerate(model.model.layers) if i in config.moe_layers]
+def check_blocks(model):
+    """([the MoE blocks in order], Config) of a model; InputError unless they are as transformers builds them."""
+    config = from_hf(model.config.to_dict(), 'attach: the config of the model')
+    blocks = [model.model.layers[i].mlp for i in config.moe_layers]
     for block in blocks:
-        router, experts = getattr(block, 'gate', None), getattr(block, 'experts', None)
-        if type(router).__name__ != ROUTERS[family] or not hasattr(experts, '_is_expert_parallel'):
-            raise InputError(f'attach: transformers {transformers.__version__} builds routers and experts in '
-                             f'another way: {type(router).__name__}, {type(experts).__name__}')
-        own = type(router).forward.__module__ == type(router).__module__
-        patched = 'forward' in vars(router) and not hasattr(router, '_hf_hook')     # accelerate's is fine
-        if patched or not own or router._forward_hooks:
-            raise InputError('attach: somebody has changed a router of this model already')
-        if (dtype := experts.gate_up_proj.dtype).itemsize == 1 or not dtype.is_floating_point:
-            raise InputError(f'attach: experts of {dtype} are not supported')
-    if (way := hf._experts_implementation) not in ('eager', 'grouped_mm', 'batched_mm'):
-        raise InputError(f'attach: experts_implementation {way!r} is not known, eager or grouped_mm is')
+        router, experts = block.gate, block.experts
+        forward = 'forward' in vars(router) and not hasattr(router, '_hf_hook')     # accelerate's is fine
+        known = (
+            type(router).__name__ == ROUTERS.get(config.model_type)
+            and not forward
+            and not router._forward_hooks
+            and hasattr(experts, '_is_expert_parallel')
+            and experts.gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and model.config._experts_implementation in ('eager', 'grouped_mm', 'batched_mm')
+        )
+        if not known:
+            raise InputError(f'attach: {type(router).__name__} and {type(experts).__name__} are of another '
+                             f'version of transformers than 5.23, quantised, or changed before (then detach)')
     return blocks, config

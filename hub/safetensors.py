@@ -11,78 +11,83 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from hub.files import InputError, write_whole
+from hub.files import InputError, reading, write_whole
 
-DTYPES = dict(BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32,
-              I64=torch.int64, F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32,
-              F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
+DTYPES = {
+    'U8': torch.uint8,
+    'I32': torch.int32,
+    'I64': torch.int64,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'F32': torch.float32,
+    'F64': torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000        # bytes, as in the reference implementation
 READERS = 4                         # threads that read a file: one does not reach what a disk can give
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor}, and a {str: str} that the header keeps.
-
-    Largest items first, so that every tensor is aligned to its item size.
-    """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header, end = {'__metadata__': {'format': 'pt', **(metadata or {})}}, 0
-    for name in order:
-        t = tensors[name]
-        begin, end = end, end + t.numel() * t.dtype.itemsize
-        header[name] = {'dtype': names[t.dtype], 'shape': list(t.shape), 'data_offsets': [begin, end]}
+    """Write {name: tensor}, and a {str: str} that the header keeps."""
+    header = {'__metadata__': {'format': 'pt', **(metadata or {})}}
+    end = 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.nbytes
+        header[name] = {
+            'dtype': NAMES[t.dtype],
+            'shape': list(t.shape),
+            'data_offsets': [begin, end],
+        }
     head = json.dumps(header).encode()
-    head += b' ' * (-len(head) % 8)
+    head += b' ' * (-len(head) % 8)                            # the tensors begin aligned
 
     def write(f):
-        f.write(len(head).to_bytes(8, 'little') + head)
-        for name in order:
-            f.write(tensors[name].detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        f.write(len(head).to_bytes(8, 'little'))
+        f.write(head)
+        for t in tensors.values():
+            f.write(raw_bytes(t.detach().contiguous().cpu()))
     write_whole(path, write)
+
+
+def raw_bytes(t):
+    """The memory of a contiguous CPU tensor as bytes that can be read and written."""
+    return memoryview(t.reshape(-1).view(torch.uint8).numpy())
 
 
 def read_header(path):
     """({name: (dtype, shape, first byte, byte behind the last)} in the order of the file, metadata).
 
     The tensors must follow each other without hole or overlap and end where the file ends. InputError names
-    the file and the tensor. Values are not looked at.
+    the file, and what is wrong in it. Values are not looked at.
     """
-    size = os.path.getsize(path)
-    with open(path, 'rb') as f:
-        n = int.from_bytes(f.read(8), 'little')
-        if size < 8 or n > min(size - 8, LONGEST_HEADER):
-            raise InputError(f'{path}: says its header has {n:,} bytes, but the file has {size:,}; '
-                             f'fetch it again')
-        raw = f.read(n)
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
+    with reading(path), open(path, 'rb') as f:
+        size = os.path.getsize(path)
+        start = 8 + int.from_bytes(f.read(8), 'little')        # of the tensors
+        if start > min(size, LONGEST_HEADER):
+            raise ValueError(f'a header of {start} bytes in a file of {size}')
+        header = json.loads(f.read(start - 8).decode(), object_pairs_hook=unique_keys)
         metadata = header.pop('__metadata__', {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError('__metadata__ holds other things than strings')
-        layout, end = {}, 0
+        layout = {}
+        end = 0
         for name, t in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
-            if t['dtype'] not in DTYPES:
-                raise ValueError(f'{name}: dtype {t["dtype"]!r} is not supported')
-            dtype, shape, (begin, stop) = DTYPES[t['dtype']], t['shape'], t['data_offsets']
-            whole = all(type(i) is int and i >= 0 for i in (*shape, begin, stop))
+            dtype = DTYPES[t['dtype']]
+            shape = t['shape']
+            begin, stop = t['data_offsets']
+            whole = all(type(i) is int and i >= 0 for i in [*shape, begin, stop])
             if not whole or begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f'{name}: {t} does not follow byte {end}')
-            layout[name] = dtype, shape, 8 + n + begin, 8 + n + stop
+                raise ValueError(f'{name!r:.50} does not follow byte {end}')
+            layout[name] = dtype, shape, start + begin, start + stop
             end = stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f'{path}: the header is damaged ({str(e)[:200]}); fetch it again') from None
-    if 8 + n + end != size:
-        raise InputError(f'{path}: the header describes {8 + n + end:,} bytes, the file has {size:,}; '
-                         f'fetch it again')
+        if start + end != size:
+            raise ValueError(f'{size} bytes, the header describes {start + end}')
     return layout, metadata
 
 
 def unique_keys(pairs):
     """A dict of (key, value) pairs; ValueError where json would silently keep the last of two."""
-    if len(d := dict(pairs)) != len(pairs):
+    if len(dict(pairs)) < len(pairs):
         raise ValueError('a key appears twice')
-    return d
+    return dict(pairs)
 
 
 def read_safetensors(path):
@@ -98,51 +103,25 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def read_noted(path, note):
-    """({name: tensor}, the JSON object that the metadata holds under `note`) of a file of this project.
-
-    InputError if there is none, and names a tensor that holds NaN or infinity.
-    """
-    try:
-        tensors, metadata = read_safetensors(path)
-    except OSError as e:
-        raise InputError(f'{path}: {e.strerror or e}') from None
-    try:
-        values = json.loads(metadata[note])
-        if not isinstance(values, dict):
-            raise ValueError
-    except (KeyError, ValueError, RecursionError):
-        raise InputError(f'{path}: not a file with {note} of this project') from None
-    for name, t in tensors.items():
-        if t.is_floating_point() and not t.float().isfinite().all():
-            raise InputError(f'{path}: {name} holds NaN or infinity')
-    return tensors, values
-
-
 def read_into(path, layout, views):
     """Read the tensors of a file that {name: view} names, straight into place where dtype and device allow.
 
     layout: of `read_header`. InputError if the file ends early.
     """
     def read(name):
-        (dtype, shape, begin, stop), view = layout[name], views[name]
-        in_place = view.dtype == dtype and view.device.type == 'cpu'
-        t = view if in_place else torch.empty(shape, dtype=dtype)
-        place = memoryview(t.reshape(-1).view(torch.uint8).numpy())
+        dtype, shape, begin, stop = layout[name]
+        view = views[name]
+        t = view
+        if view.dtype != dtype or view.device.type != 'cpu':
+            t = torch.empty(shape, dtype=dtype)
+        place = raw_bytes(t)
         while begin < stop:                                    # the system reads at most 2 GB at once
             n = os.preadv(f.fileno(), [place[begin - stop:]], begin)
             if n == 0:
-                raise InputError(f'{path}: {name} could not be read to its end; fetch the file again')
+                raise InputError(f'{path}: {name} ends early; fetch the file again')
             begin += n
-        if not in_place:
+        if t is not view:
             view.copy_(t)
 
     with open(path, 'rb') as f, ThreadPoolExecutor(READERS) as readers:
-        list(readers.map(read, (name for name in layout if name in views)))
-
-
-def read_ahead(path):
-    """Ask the system to fetch the whole file while its first tensors are being copied."""
-    if hasattr(os, 'posix_fadvise'):
-        with open(path, 'rb') as f:
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        list(readers.map(read, [name for name in layout if name in views]))

@@ -1,66 +1,182 @@
 """hub/tokenizer.py: the hub's tokenizer.json, with the ids of the library that wrote it.
 
-    text -> added tokens cut out -> normalizer -> pre-tokenizer -> merging -> ids -> post-processor
+    text -> added tokens cut out -> normalizer -> pre-tokenizer -> byte-pair merging -> post-processor
 
-Steps are in hub/pipeline.py, merging in hub/bpe.py. The same object decides what stands in front of a text,
-what ends a document, and where generation stops: everything that reads or writes text asks it.
+Modelled on tiktoken is what the six families use: a byte-level BPE behind splits by patterns (Qwen, OLMoE,
+DeepSeek, our own base), and SentencePiece's BPE with byte fallback (Mixtral). A file that has any other step
+or option is handed to the package `tokenizers` where that is installed, else refused: a step left out would
+give other ids.
 """
 import codecs
+import itertools
+import json
 import re
+import unicodedata
 from pathlib import Path
 
-from hub.bpe import BPE, byte_tokens, encoded
+import regex
+import tiktoken
+
 from hub.config import token_ids
-from hub.files import InputError, checked, read_object
-from hub.pipeline import byte_characters, normalizer, options, post_processor, pre_tokenizer
-from hub.regex import compiled
+from hub.files import InputError, read_json, reading
 
 SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character, which JSON can spell and UTF-8 cannot
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# The steps of the six families, spelled as in their files with the options in the order of the alphabet.
+NORMALIZERS = {                 # text -> text
+    '{"type": "NFC"}':
+        lambda text: unicodedata.normalize('NFC', text),
+    '{"prepend": "▁", "type": "Prepend"}':
+        lambda text: text and '▁' + text,
+    '{"content": "▁", "pattern": {"String": " "}, "type": "Replace"}':
+        lambda text: text.replace(' ', '▁'),
+}
+PRE_TOKENIZERS = {              # the pattern whose matches become pieces, as what lies between them does
+    '{"individual_digits": true, "type": "Digits"}': r'\p{N}',
+    '{"add_prefix_space": false, "type": "ByteLevel"}': GPT2_PATTERN,
+    '{"add_prefix_space": false, "type": "ByteLevel", "use_regex": true}': GPT2_PATTERN,
+    '{"add_prefix_space": false, "type": "ByteLevel", "use_regex": false}': '',
+    '{"prepend_scheme": "always", "replacement": "▁", "split": false, "type": "Metaspace"}': '',
+    '{"prepend_scheme": "first", "replacement": "▁", "split": false, "type": "Metaspace"}': '',
+}
+SPLIT = re.compile(
+    r'\{"behavior": "Isolated", "invert": false, "pattern": \{"Regex": ".*"\}, "type": "Split"\}')
+ORDER = '((Split|Digits) )*ByteLevel|(Metaspace)?'
+NO_OPTIONS = 'unk_token', 'fuse_unk'            # of a model: all bytes have tokens, nothing is unknown
+DECODERS = {'ByteLevel', 'ByteFallback', 'Fuse', 'Metaspace', 'Replace', 'Strip'}
 
-class Added:
-    """One added token and its flags."""
-
-    def __init__(self, values, where):
-        self.id, self.content, self.special, self.single_word, self.lstrip, self.rstrip, self.normalized = (
-            options(values, where, id=(int,), content=(str,), special=(bool, False),
-                    single_word=(bool, False), lstrip=(bool, False), rstrip=(bool, False),
-                    normalized=(bool, True)))
-        if self.id < 0 or not self.content:
-            raise InputError(f'{where}: an added token with id {self.id} and content {self.content!r}')
+# The patterns of tokenizer.json are written for Oniguruma. What is in here means the same to `regex`, with
+# MULTILINE: no classes within classes, no &&, \w, \h, no groups that have a number or options but i.
+SAME_PATTERN = regex.compile(r'''(?x) (?:
+      \\ (?: p\{[LMNPSZ][a-z]?\} | [sSrnt] | [^\w\s] )                               # an escape
+    | \[ \^? (?: \\ (?: p\{[LMNPSZ][a-z]?\} | [sSrnt] | [^\w\s] ) | (?!&&)[^][\\] )+ \]     # a class
+    | \( \? (?: i?: | = | ! )  |  [)|*+?$.]  |  \{ \d+ (?: ,\d* )? \} (?! \+ )
+    | [^][(){}\\^$*+?|.] )*''')
 
 
 class Tokenizer:
     """Text to token ids and back, by the tokenizer.json in a checkpoint folder.
 
-    front: the ids that stand before every text; eos: the id behind a document, or None; stops: all ids that
-    end a generated text; bytes_of_id {id: bytes}; n_vocab, one more than the largest id. InputError names the
-    file and what in it is damaged or not modelled.
+    front: the ids that stand before every text, and behind: those after a prompt; eos: the id behind a
+    document, or None; stops: all ids that end a generated text; added {content: id}; bytes_of_id {id: bytes};
+    n_vocab, one more than the largest id. InputError names the file and what in it is damaged or unknown.
     """
 
     def __init__(self, folder):
         path = Path(folder) / 'tokenizer.json'
-        hf, where = read_object(path), str(path)
-        self.normalise = normalizer(hf.get('normalizer'), f'{where}: normalizer')
-        self.pre_tokenise = pre_tokenizer(hf.get('pre_tokenizer'), f'{where}: pre_tokenizer')
-        self.bpe = BPE(checked(hf, 'model', where, dict), f'{where}: model')
-        added = [Added(checked({'token': token}, 'token', f'{where}: added_tokens', dict),
-                       f'{where}: added_tokens') for token in checked(hf, 'added_tokens', where, list, [])]
-        n_added = len(self.bpe.vocab)
-        for token in added:                            # numbered as by the library, whatever `id` says
-            known = self.bpe.vocab.get(token.content)
-            token.id, n_added = (n_added, n_added + 1) if known is None else (known, n_added)
-        self.added = {token.content: token.id for token in added}
-        self.raw = Finder([token for token in added if not token.normalized], lambda text: text, where)
-        self.normal = Finder([token for token in added if token.normalized], self.normalise, where)
-        self.bytes_of_id, self.drops_space = spelling(hf, self.bpe.vocab, where)
-        self.bytes_of_id.update({token.id: encoded(token.content) for token in added})
-        if not self.bytes_of_id:
-            raise InputError(f'{where}: the vocabulary is empty')
-        self.n_vocab = max(self.bytes_of_id) + 1
-        self.front, self.behind = post_processor(hf.get('post_processor'), f'{where}: post_processor')
-        self.eos, self.stops = None, set()
+        hf = read_json(path)
+        self.library = None
+        self.front, self.behind = [], []
+        with reading(path):
+            try:
+                self.read_steps(hf)
+            except (AttributeError, KeyError, TypeError, ValueError) as what:
+                self.hand_over(path, what)
+            decoders = {step['type'] for step in steps_of(hf.get('decoder'))}
+            if decoders - DECODERS:
+                raise ValueError(f'the decoder {decoders - DECODERS} is not supported')
+            byte_level = 'ByteLevel' in str(decoders or hf.get('pre_tokenizer'))
+            self.bytes_of_id = {}
+            for piece, i in self.ids.items():
+                added = piece in self.added
+                self.bytes_of_id[i] = piece.encode() if added else spelt(piece, byte_level)
+            self.n_vocab = max(self.bytes_of_id) + 1
+        self.drops_space = False
+        self.drops_space = not byte_level and self.decode(self.encode('a')).startswith(' ')
         self.read_ends(Path(folder))
+
+    def hand_over(self, path, what):
+        """Let the package `tokenizers` find the ids, for `what` is not modelled."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError(f'{path}: {what} is not modelled here: pip install tokenizers') from None
+        self.library = tokenizers.Tokenizer.from_file(str(path))
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.ids = self.library.get_vocab()
+        self.added = {
+            token.content: i
+            for i, token in self.library.get_added_tokens_decoder().items()
+        }
+        found = self.library.encode('a.')
+        at = found.sequence_ids.index(0)
+        self.front = found.ids[:at]
+        self.behind = found.ids[at + found.sequence_ids.count(0):]
+
+    def read_steps(self, hf):
+        """Set what turns text into ids.
+
+        What the six families do not have is an error of one kind or another, never left out.
+        """
+        self.normalizers = [
+            modelled(step, NORMALIZERS)
+            for step in steps_of(hf.get('normalizer'))
+        ]
+        steps = steps_of(hf.get('pre_tokenizer'))
+        kinds = ' '.join(step['type'] for step in steps)
+        self.scheme = steps[0].get('prepend_scheme') if steps else None
+        self.splits = []
+        for step in steps:
+            pattern = modelled(step, PRE_TOKENIZERS)
+            if pattern:
+                self.splits.append(regex.compile(f'({pattern})', regex.MULTILINE).split)
+        if not re.fullmatch(ORDER, kinds):
+            raise ValueError(f'the pre_tokenizer {kinds}')
+        options = {
+            name: value
+            for name, value in hf['model'].items()
+            if value and name not in NO_OPTIONS
+        }
+        self.ids = options.pop('vocab')
+        merges = options.pop('merges')
+        byte_level = 'ByteLevel' in kinds
+        if options != {'type': 'BPE'} | ({} if byte_level else {'byte_fallback': True}):
+            raise ValueError(f'the model {options}')
+        if sorted(self.ids.values()) != list(range(len(self.ids))):
+            raise ValueError('a vocabulary whose ids are not 0, 1, 2, ...')
+        ids_of = ids_of_bytes(self.ids, merges, byte_level)
+        self.ids_of_rank = list(ids_of.values())
+        self.engine = tiktoken.Encoding(
+            'pieces',
+            pat_str=r'[\s\S]+',
+            mergeable_ranks={key: rank for rank, key in enumerate(ids_of)},
+            special_tokens={},
+        )
+        self.read_added(hf.get('added_tokens', []))
+        for step in steps_of(hf.get('post_processor')):
+            if step['type'] == 'ByteLevel':             # it moves offsets only
+                continue
+            names = [part['SpecialToken']['id'] for part in step['single'][:-1]]
+            front = [self.ids[name] for name in names]
+            if [step['special_tokens'][name]['ids'] for name in names] != [[i] for i in front]:
+                raise ValueError(f'the post_processor {step}')
+            self.front = front + self.front
+
+    def read_added(self, tokens):
+        """The added tokens, numbered as by the library, whatever their `id` says."""
+        self.added = {}
+        self.sought = {}                                # what is looked for: (id, is it special?)
+        keys = {False: ['\ud800'], True: ['\ud800']}    # before the normalizer, and behind it; never empty
+        for token in tokens:
+            match token:
+                case {
+                    'content': str(content),
+                    'special': bool(special),
+                    'normalized': bool(normalized),
+                    'single_word': False,
+                    'lstrip': False,
+                    'rstrip': False,
+                } if content:
+                    self.added[content] = self.ids.setdefault(content, len(self.ids))
+                    key = self.normalise(content) if normalized else content
+                    self.sought[key] = self.added[content], special
+                    keys[normalized].append(key)
+                case _:
+                    raise ValueError(f'the added token {token}')
+        self.raw = regex.compile(r'\L<longest>', longest=keys[False])
+        self.normal = regex.compile(r'\L<longest>', longest=keys[True])
 
     def read_ends(self, folder):
         """front, eos and stops, of the first file that says something about them.
@@ -69,47 +185,71 @@ class Tokenizer:
         tokenizer_config.json, else what generation stops at. stops: generation_config.json, else config.json.
         A bos_token_id alone says only which token that would be: Qwen names one and never adds it.
         """
-        says = {name: read_object(folder / name) if (folder / name).exists() else {}
-                for name in ('tokenizer_config.json', 'generation_config.json', 'config.json')}
-        where, ours = f'{folder}/tokenizer_config.json', says['tokenizer_config.json']
-        if checked(ours, 'add_bos_token', where, bool, False) and not self.front:
-            self.front = [i for i in [self.named(ours, 'bos_token', where)] if i is not None]
         stops = []
         for name in ('generation_config.json', 'config.json'):
-            stops = stops or token_ids(says[name], 'eos_token_id', f'{folder}/{name}')
-        self.eos = self.named(ours, 'eos_token', where)
-        if self.eos is None and stops:
-            self.eos = stops[0]
-        self.stops = set(stops) if stops else {self.eos} - {None}
+            path = folder / name
+            if path.exists() and not stops:
+                stops = token_ids(read_json(path), 'eos_token_id', path)
+        path = folder / 'tokenizer_config.json'
+        ours = read_json(path) if path.exists() else {}
+        with reading(path):
+            bos = self.named(ours.get('bos_token'))
+            eos = self.named(ours.get('eos_token'))
+        if ours.get('add_bos_token') is True and not self.front:
+            self.front = bos
+        [self.eos] = (eos or stops or [None])[:1]
+        self.stops = set(stops or eos)
 
-    def named(self, values, name, where):
-        """The id of a token of tokenizer_config.json, a string or an object there; None if it has none."""
-        content = values.get(name)
-        if isinstance(content, dict):
-            content = content.get('content')
-        content = checked({name: content}, name, where, str, None)
-        i = self.added.get(content, self.bpe.vocab.get(content))
-        if i is None and content is not None:
-            raise InputError(f'{where}: {name} {content!r} is no token of tokenizer.json')
-        return i
+    def named(self, token):
+        """The id, in a list, of a token of tokenizer_config.json, a string or an object; none of None."""
+        content = token.get('content') if isinstance(token, dict) else token
+        return [] if content is None else [self.ids[content]]
 
     # ------------------------------------------------------------ text to ids
 
     def encode(self, text, special=False):
         """The ids of a text alone. `special` obeys special tokens in it, else they are plain text."""
-        text, ids = SURROGATES.sub('\ufffd', text), []
-        for start, end, i in self.raw.spans(text, special):
-            if i is not None:
-                ids.append(i)
-                continue
-            part = self.normalise(text[start:end])
-            for inner_start, inner_end, i in self.normal.spans(part, special):
-                if i is not None:
-                    ids.append(i)
-                else:
-                    pieces, _ = self.pre_tokenise([part[inner_start:inner_end]], start == inner_start == 0)
-                    for piece in pieces:
-                        ids += self.bpe(piece)
+        text = SURROGATES.sub('\ufffd', text)
+        if self.library:
+            self.library.encode_special_tokens = not special
+            return self.library.encode(text, add_special_tokens=False).ids
+        ids = []
+        for part, token in self.cut(text, self.raw, special):
+            for inner, inner_token in self.cut(self.normalise(part), self.normal, special):
+                ids += self.plain(inner, not ids) + inner_token
+            ids += token
+        return ids
+
+    def cut(self, text, pattern, special):
+        """(text before it, [id]) of every added token, then (rest, []). `special`: of special ones too."""
+        at = 0
+        for found in pattern.finditer(text):
+            i, is_special = self.sought[found[0]]
+            if special or not is_special:
+                yield text[at:found.start()], [i]
+                at = found.end()
+        yield text[at:], []
+
+    def normalise(self, text):
+        for step in self.normalizers:
+            text = step(text)
+        return text
+
+    def plain(self, text, at_start):
+        """The ids of a part of a text without added tokens; at_start: the text begins with it."""
+        if self.scheme:
+            text = text.replace(' ', '▁')
+            if text[:1] not in '▁' and (at_start or self.scheme == 'always'):
+                text = '▁' + text
+        pieces = [text]
+        for split in self.splits:
+            pieces = [part for piece in pieces for part in split(piece) if part]
+        ids = []
+        for piece in pieces:
+            for rank in self.engine.encode_ordinary(piece):
+                ids += self.ids_of_rank[rank]
+        if None in ids:
+            raise InputError(f'tokenizer.json: there is no token for a character of {text[:20]!r}')
         return ids
 
     def prompt(self, text):
@@ -141,100 +281,77 @@ class Tokenizer:
         for i in map(int, ids):
             text = decoder.decode(self.bytes_of_id.get(i, b''))
             if first and text and i not in self.front:
-                text, first = text.removeprefix(' '), False
+                text = text.removeprefix(' ')
+                first = False
             yield text
         yield decoder.decode(b'', final=True)
 
 
-class Finder:
-    """Where added tokens occur in a text.
+# ================================================================ how files spell it
 
-    tokens: [Added]; normalise: what happens to their contents before they are looked for.
-    """
-
-    def __init__(self, tokens, normalise, where):
-        self.tokens = {normalise(token.content): token for token in tokens}
-        longest_first = sorted(filter(None, self.tokens), key=len, reverse=True)
-        self.pattern = re.compile('|'.join(map(re.escape, longest_first)) or r'(?!)')
-        self.word, self.spaces = compiled(r'\w', where), compiled(r'\s*', where)
-
-    def spans(self, text, special):
-        """[(start, end, id or None)] of all of a text. `special`: find special tokens too."""
-        out, at = [], 0
-        for found in self.pattern.finditer(text):
-            token, (start, end) = self.tokens[found[0]], found.span()
-            if token.special and not special:
-                continue
-            around = text[start - 1:start] + text[end:end + 1]
-            if token.single_word and self.word.search(around):
-                continue
-            if token.lstrip:
-                while start > at and self.spaces.fullmatch(text, start - 1, start):
-                    start -= 1
-            if token.rstrip:
-                end = self.spaces.match(text, end).end()
-            if at < start:
-                out.append((at, start, None))
-            out.append((start, end, token.id))
-            at = end
-        return out + [(at, len(text), None)] * (at < len(text))
+def byte_characters():
+    """GPT-2's printable stand-in for each byte, as tokenizer.json spells pieces: 65 -> 'A', 32 -> 'Ġ'."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in own]
+    return [chr(b) if b in own else chr(256 + other.index(b)) for b in range(256)]
 
 
-# ---------------------------------------------------------------- reading
+BYTE_OF_CHARACTER = {name: bytes([b]) for b, name in enumerate(byte_characters())}
+BYTE_OF_TOKEN = {f'<0x{b:02X}>': bytes([b]) for b in range(256)}       # SentencePiece's byte tokens
 
-def steps_of(step, inner):
+
+def spelt(piece, byte_level):
+    """The bytes of a piece of the vocabulary."""
+    if byte_level:
+        return b''.join(BYTE_OF_CHARACTER.get(c, c.encode()) for c in piece)
+    return BYTE_OF_TOKEN.get(piece, piece.replace('▁', ' ').encode())
+
+
+def steps_of(step):
     """The steps within a step of tokenizer.json, sequences laid open."""
-    if not isinstance(step, dict):
+    if not step:
         return []
-    if isinstance(step.get(inner), list):
-        return [one for part in step[inner] for one in steps_of(part, inner)]
-    return [step]
+    if step['type'] != 'Sequence':
+        return [step]
+    [inner] = [value for value in step.values() if value != 'Sequence']
+    return sum(map(steps_of, inner), [])
 
 
-def spelling(hf, vocab, where):
-    """({id: bytes}, does decoding drop a space in front?) by the decoder.
+def modelled(step, table):
+    """What a step does, by the table of those that are modelled; of a Split, its pattern."""
+    step = {name: value for name, value in step.items() if name != 'trim_offsets'}
+    spelling = json.dumps(step, sort_keys=True, ensure_ascii=False)
+    if SPLIT.fullmatch(spelling) and SAME_PATTERN.fullmatch(step['pattern']['Regex']):
+        return step['pattern']['Regex']
+    return table[spelling]
 
-    Where there is none, by undoing what the normalizer and the pre-tokenizer do.
+
+# ================================================================ merging
+
+def ids_of_bytes(vocab, merges, byte_level):
+    """{bytes: ids} in the order in which tiktoken is to merge: two neighbours become the first that is here.
+
+    Several ids where a character has no token: those of its bytes. A character must be whole before it merges
+    with a neighbour, so all characters come before the words, each behind pretended tokens for its unfinished
+    prefixes. By definition pairs are merged, while tiktoken knows only what comes out: that is the same where
+    all merges to a word stand together, and parts of it are there before it, as in what was learnt.
     """
-    where, marker, drops, characters = f'{where}: decoder', None, False, None
-    steps = steps_of(hf.get('decoder'), 'decoders') or undone(hf)
-    for step in steps:
-        kind = step.get('type')
-        if kind == 'ByteLevel':
-            characters = {c: b for b, c in enumerate(byte_characters())}
-        elif kind == 'Metaspace':
-            marker = checked(step, 'replacement', where, str, '▁')
-            never = step.get('prepend_scheme') == 'never' or step.get('add_prefix_space') is False
-            drops = not never
-        elif kind == 'Replace' and step.get('content') == ' ' and isinstance(step.get('pattern'), dict):
-            marker = checked(step['pattern'], 'String', where, str)
-        elif kind == 'Strip':
-            [content, start, stop] = options(step, where, content=(str,), start=(int,), stop=(int,))
-            if (content, stop) != (' ', 0) or start not in (0, 1):
-                raise InputError(f'{where}: Strip of {start} {content!r} in front, {stop} behind '
-                                 f'is not supported')
-            drops = start == 1
-        elif kind not in ('ByteFallback', 'Fuse'):
-            raise InputError(f'{where}: {str(kind)[:80]!r} is not supported, only ByteLevel, ByteFallback, '
-                             f'Fuse, Metaspace, Replace by a space, Strip, Sequence')
-    bytes_of_id = {}
-    for piece, i in vocab.items():
-        if characters and all(c in characters for c in piece):
-            bytes_of_id[i] = bytes(characters[c] for c in piece)
-        else:
-            bytes_of_id[i] = encoded(piece.replace(marker, ' ') if marker else piece)
-    if hf['model'].get('byte_fallback'):
-        bytes_of_id.update({vocab[name]: bytes([b]) for b, name in enumerate(byte_tokens()) if name in vocab})
-    return bytes_of_id, drops
+    byte_of = BYTE_OF_CHARACTER if byte_level else BYTE_OF_TOKEN
+    ids_of = {byte: [vocab.get(name)] for name, byte in byte_of.items()}
+    for piece in [] if byte_level else vocab:
+        if len(piece) == 1:
+            utf8 = piece.encode()
+            for n in range(2, len(utf8)):
+                ids_of[utf8[:n]] = ids_of[utf8[:n - 1]] + ids_of[utf8[n - 1:n]]
+            ids_of[utf8] = [vocab[piece]]
 
+    def key(piece):
+        return spelt(piece, True) if byte_level else piece.encode()
 
-def undone(hf):
-    """The steps of a decoder that undo those before the merging."""
-    steps = [step for step in steps_of(hf.get('pre_tokenizer'), 'pretokenizers')
-             if step.get('type') in ('ByteLevel', 'Metaspace')]
-    for step in steps_of(hf.get('normalizer'), 'normalizers'):
-        if step.get('type') == 'Prepend':
-            steps.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
-        elif step.get('type') == 'Replace' and step.get('pattern') == {'String': ' '}:
-            steps.append({'type': 'Replace', 'pattern': {'String': step['content']}, 'content': ' '})
-    return steps
+    pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges]
+    for word, parts in itertools.groupby(pairs, ''.join):
+        made = any(key(left) in ids_of and key(right) in ids_of for left, right in parts)
+        if not made or key(word) in ids_of:
+            raise ValueError(f'the place of the merges to {word}')
+        ids_of[key(word)] = [vocab[word]]
+    return ids_of

@@ -9,33 +9,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hub.files import InputError, read_object, write_whole
+from hub.files import InputError, write_whole
 from run.ranks import join, leave, ranks
+
+MARK = '.ada-k'         # an empty file in every folder that holds files of this program
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose --help shows the script's own docstring.
+    """argparse whose errors are one line, and whose --help shows the script's own docstring."""
 
-    moved {flag: command}: flags of an earlier version, answered by the name of what does that now.
-    """
-
-    def __init__(self, doc, moved=None, **how):
+    def __init__(self, doc, **how):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
-        self.moved = moved or {}
-
-    def parse_known_args(self, args=None, namespace=None):
-        for arg in sys.argv[1:] if args is None else args:
-            flag = arg.partition('=')[0]
-            if flag in self.moved:
-                raise InputError(f'{flag} is a program of its own now: {self.moved[flag]}')
-        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         raise InputError(f'{message} (see --help)')
 
 
 def model_flags(p):
-    """The flags of every program that runs a model which is there."""
+    """Add the flags of every program that runs a model which is there."""
     p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
     p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
     p.add_argument('--stream', action='store_true', help='two layers at a time, as for train.py')
@@ -59,88 +50,89 @@ def open_device(name):
     try:
         if name.startswith('cuda:'):
             torch.cuda.set_device(name)
-        assert torch.device(name).type != 'meta', 'holds no numbers'
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()
     except Exception as e:                                     # torch raises many kinds here
         raise InputError(f'--device {name}: {str(e).splitlines()[0]}') from None
     return name
 
 
-def open_out(name, report=''):
-    """The folder of --out, made if need be; InputError unless files can be written there.
+def open_out(name, *files):
+    """The folder of --out as a Path, made if need be and marked as this program's.
 
-    report: the .json file that will be; InputError where one is that this program did not write.
+    files: names that the program will write. InputError if one of them is there without the mark, so that
+    nothing of the user's is overwritten, or if the folder cannot be written.
     """
     out = Path(name)
+    for file in files:
+        if (out / file).exists() and not (out / MARK).exists():
+            raise InputError(f'{out / file} was not written by this program: choose another --out')
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / '.writable', lambda f: None)
-        (out / '.writable').unlink(missing_ok=True)            # several ranks look at once
+        write_whole(out / MARK, lambda f: None)
     except OSError as e:
         raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
-    if report and (out / report).exists() and 'torch' not in read_object(out / report):
-        raise InputError(f'{out / report} was not written by this program: choose another --out')
     return out
 
 
-class Unfailing:
-    """stdout or stderr that never raises: what cannot be spelt is escaped, and nobody need be listening."""
+def check_settings(s):
+    """InputError names the first setting that makes no sense."""
+    counts = s.save_every, s.seq, s.ppo_steps, s.ppo_batch
+    checks = {
+        '--seed: must be 0 or more and below 2^63': 0 <= s.seed < 2 ** 63,
+        f'--budget {s.budget}: must be above 0 and at most 1': 0 < s.budget <= 1,
+        '--price: must be nats, 0 or more': s.price is None or 0 <= s.price < float('inf'),
+        '--save-every, --seq, --ppo-steps, --ppo-batch: must be 1 or more': min(counts) > 0,
+        '--fresh learns a base: not with --ckpt or --resume': not (s.fresh and (s.ckpt or s.resume)),
+        '--stream needs --ckpt: a base that is learnt here is in memory': s.ckpt or not s.stream,
+    }
+    for line, good in checks.items():
+        if not good:
+            raise InputError(line)
+    if not s.ckpt:
+        check_budget(s, s.top_k)
 
-    def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act):
-        try:
-            act()
-        except (OSError, ValueError):                          # a pipe that is closed: from now on to nowhere
-            nowhere = open(os.devnull, 'w')
-            try:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-            except (OSError, ValueError):
-                self.stream = nowhere
+def check_budget(s, top_k):
+    """InputError if the budget is below one expert a token."""
+    if s.price is None and s.budget * top_k < 1:
+        raise InputError(f'--budget {s.budget}: every token runs at least 1 of K = {top_k} experts, '
+                         f'so at least {1 / top_k:g}')
 
 
 class Progress:
-    """One updating line on stderr if that is a terminal, else a plain line every ten seconds.
+    """Step, numbers, tokens per second and time left, on stderr.
 
-    Shows step, numbers, tokens per second and time left. `done`: steps of an earlier process.
+    On a terminal one line that is updated, elsewhere a line every ten seconds. `done`: steps of an earlier
+    process.
     """
 
     def __init__(self, stage, steps, done=0):
-        self.stage, self.steps, self.done = stage, steps, done
-        self.start, self.shown = time.time(), 0.0
-        self.terminal, self.silent = sys.stderr.isatty(), ranks()[0] > 0
+        self.stage = stage
+        self.steps = steps
+        self.done = done
+        self.start = time.monotonic()
+        self.next = 0.0                                        # when to show a line again
 
     def __call__(self, step, tokens, **numbers):
         """tokens: of all steps so far, None where there are none to count."""
-        now, last = time.time(), step == self.steps
-        pause = 0.2 if self.terminal else 10
-        if self.silent or (now - self.shown < pause and not last):
+        now = time.monotonic()
+        if ranks()[0] or (now < self.next and step < self.steps):
             return
-        self.shown, spent = now, now - self.start
-        share = (step - self.done) / step                      # of these steps and tokens, in this process
-        left = spent / (step * share) * (self.steps - step)
-        shown = [f'{self.stage} {step}/{self.steps}']
-        shown += [f'{name} {value:.4g}' for name, value in numbers.items()]
+        terminal = sys.stderr.isatty()
+        self.next = now + (0.2 if terminal else 10)
+        seconds = max(now - self.start, 1e-9) / (step - self.done)         # of a step
+        left = seconds * (self.steps - step)
+        line = f'{self.stage} {step}/{self.steps}'
+        for name, value in numbers.items():
+            line += f'  {name} {value:.4g}'
         if tokens:
-            shown.append(f'{tokens * share / spent:,.0f} tok/s')
-        line = '  '.join([*shown, f'{left // 60:.0f}:{left % 60:02.0f} left'])
-        if self.terminal:
-            print(f'\r\x1b[K{line}', end='\n' if last else '', flush=True, file=sys.stderr)
-        else:
-            print(line, flush=True, file=sys.stderr)
+            line += f'  {tokens / step / seconds:,.0f} tok/s'
+        line += f'  {left // 60:.0f}:{left % 60:02.0f} left'
+        end = '\n'
+        if terminal:
+            line = f'\r\x1b[K{line}'                           # over the line before
+            end = '\n' if step == self.steps else ''
+        print(line, end=end, flush=True, file=sys.stderr)
 
 
 def one_line_errors(script, main, argv=None):
@@ -150,38 +142,29 @@ def one_line_errors(script, main, argv=None):
     with its traceback.
     """
     status = 2
-    sys.stdout, sys.stderr = (stream and Unfailing(stream) for stream in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors='backslashreplace')          # a console may not know how to spell ±
     try:
         main(argv)
-        sys.stdout and sys.stdout.flush()
         return leave()
     except InputError as e:
         line = str(e)
     except KeyboardInterrupt:
-        print()                                                # below the progress line
-        line, status = 'interrupted; files that were complete before still are', 130
+        line = 'interrupted; files that were complete before still are'
+        status = 130
     except OSError as e:
-        line = f'{e.filename or "writing"}: {e.strerror or e}; files that were complete before still are'
+        line = f'{e}; files that were complete before still are'
     except (MemoryError, RuntimeError) as e:
-        line = plain_cause(e)
-        if not line:
+        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
+            line = 'memory ran out: --stream, a smaller --ppo-batch or --seq need less'
+        elif dist.is_initialized() and re.search('(?i)connection|nccl|timed out', str(e)):
+            line = 'another rank is gone; train.py --resume goes on from the last saved state'
+        else:
             raise
-    if ranks()[0]:
+    rank, size = ranks()
+    if rank:
         time.sleep(3)                                   # most errors are every rank's: rank 0 says them first
-        line = f'rank {ranks()[0]}: {line}'
+        line = f'rank {rank}: {line}'
     print(f'{script}: {line}', file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(status)                                      # what waits for a lost rank would not let us go
+    if size > 1:
+        os._exit(status)                                # a shutdown would wait for a rank that is gone
     sys.exit(status)
-
-
-def plain_cause(e):
-    """One line on a MemoryError or RuntimeError that is not a bug; '' for others."""
-    cause = str(e).splitlines()[0][:200] if str(e) else 'out of memory'
-    out_of_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in cause
-    if out_of_memory:
-        return (f'memory ran out ({cause}): python -m scale.plan says what is needed; '
-                f'--stream, a smaller --ppo-batch or --seq need less')
-    if dist.is_initialized() and re.search('(?i)connection|nccl|gloo|timed out', cause):
-        return f'another rank is gone ({cause}); train.py --resume goes on from the last saved state'
-    return ''

@@ -8,72 +8,78 @@ import numpy as np
 import torch
 
 import ppo
-from allocator import Counted, bisect
+from allocator import AdaK, Counted, bisect
+from moe_dispatch import flops
 from run.ranks import gathered, ranks
 from scale.memory import LOGITS
 
+SEQUENCES = 32          # of a pass
 BLOCKS = 16             # of one document, whose tokens say nothing about how documents differ
 
 
-def token_logp(model, hidden, targets):
-    """log p(target) in nats, (B,T) fp32, of last states (B,T,C) and targets (B,T), a few rows at a time."""
-    rows = max(1, LOGITS // (model.config.n_vocab * targets.shape[1]))
-    chunks = zip(hidden.split(rows), targets.split(rows))
-    return torch.cat([ppo.next_token_logp(model.lm_head(h), y) for h, y in chunks])
-
-
 @torch.no_grad()
-def evaluate(model, windows, choose_k, batch=32):
-    """Loss in nats of every target token under a policy, and its tally: ((n*T,) float64 on the CPU, Counted).
+def evaluate(model, windows, policies, expected=False):
+    """The loss of every token under each policy, and the policy's tally: [((n*T,) float64 CPU, Counted), ..].
 
-    Under several ranks each takes its part of the windows, and all have the whole result.
+    In nats, of the text's own next token; or with `expected` the loss that a policy costs, expected under the
+    top-k prediction: KL(p_topk || p), without the luck of the text. Under several ranks each takes its part
+    of the windows, and all have the whole result.
     """
-    (rank, size), device = ranks(), model.device
-    tally = Counted(choose_k, len(model.config.moe_layers), device)
-    inputs, targets = (z.tensor_split(size)[rank] for z in windows[:2])     # this rank's windows
+    rank, size = ranks()
+    inputs = windows[0].tensor_split(size)[rank].to(model.device)           # (n/ranks,T)
+    targets = windows[1].tensor_split(size)[rank].to(model.device)
+    n_layers = len(model.config.moe_layers)
+    tallies = [Counted(policy, n_layers, model.device) for policy in policies]
+    deciders = [None, *tallies] if expected else tallies       # None: top-k
+    losses = [torch.zeros(len(deciders), 0)]
+    most = -(-len(windows[0]) // size)                         # windows of the rank that has most
     T = inputs.shape[1]
-    together = batch * max(1, model.tokens_per_visit // (batch * T))      # windows that share a layer's visit
-    losses = []
-    for at in range(0, -(-len(windows[0]) // size), together):              # as many visits on every rank
-        x, y = inputs[at:at + together], targets[at:at + together]
-        passes = [(part.to(device), tally) for part in x.split(batch)]
-        if len(x) == 0:
-            passes = [(windows[0][:1].to(device), None)]
-        for hidden, part in zip(model.hidden_of(passes), y.split(batch)):
-            if len(part):
-                losses.append(-token_logp(model, hidden, part.to(device)).flatten().cpu().double())
-    mine = torch.cat(losses) if losses else torch.zeros(0).double()
-    parts = gathered((mine, tally.counts.cpu()))
-    tally.counts = sum(counts for _, counts in parts).to(device)
-    return torch.cat([loss for loss, _ in parts]), tally
+    few = SEQUENCES                                            # windows of a sweep over the layers
+    while 2 * few * T <= model.tokens_per_visit:
+        few *= 2
+    for at in range(0, most, few):                             # on every rank, even if nothing is left for it
+        x = inputs[at:at + few]
+        y = targets[at:at + few]
+        passes = []
+        for policy in deciders:
+            for batch in x.split(SEQUENCES):
+                if len(batch):
+                    passes.append((batch, policy))
+        hidden = model.hidden_of(passes)
+        if passes:
+            hidden = torch.cat(hidden)
+            hidden = hidden.view(len(deciders), x.numel(), -1)              # (deciders,P,C)
+            reward = rewards(model, hidden, y.flatten(), expected)
+            losses.append(-reward.cpu().double())
+    loss = torch.cat(gathered(torch.cat(losses, dim=1)), dim=1)             # (deciders,n*T)
+    for tally in tallies:
+        tally.counts = sum(gathered(tally.counts.cpu()))
+    return list(zip(loss[-len(policies):], tallies))
 
 
-@torch.no_grad()
-def divergences(model, windows, policies, batch=32):
-    """KL in nats from the Top-K prediction to each policy's, per token, with its tally: [((n*T,), Counted),
-    ..].
+def rewards(model, hidden, targets, expected):
+    """The reward (n,P) of last states (n,P,C): those of P tokens under n policies.
 
-    It is the loss that a policy costs, expected under the Top-K prediction instead of taken on the text's own
-    token.
+    The log-probability of targets (P,), or with `expected` its mean under hidden[0], less that of hidden[0]
+    itself (ppo.py:expected_gain). The head runs on a few tokens at a time.
     """
-    tallies = [Counted(policy, len(model.config.moe_layers), model.device) for policy in policies]
-    rows = max(1, LOGITS // (model.config.n_vocab * windows[0].shape[1]))
-    found = [[] for _ in policies]
-    for part in windows[0].split(batch):
-        tokens = part.to(model.device)
-        topk, *hidden = model.hidden_of([(tokens, choose_k) for choose_k in (None, *tallies)])       # (B,T,C)
-        for at in range(0, len(tokens), rows):
-            logits_topk = model.lm_head(topk[at:at + rows])                 # (rows,T,V)
-            for nats, h in zip(found, hidden):
-                gain = ppo.expected_gain(model.lm_head(h[at:at + rows]), logits_topk)
-                nats.append(-gain.flatten().cpu().double())
-    return [(torch.cat(nats), tally) for nats, tally in zip(found, tallies)]
+    few = max(1, LOGITS // (len(hidden) * model.config.n_vocab))            # tokens
+    found = []
+    for h, y in zip(hidden.split(few, dim=1), targets.split(few)):
+        logits = model.lm_head(h)                                           # (n,few,V)
+        if expected:
+            reward = ppo.expected_gain(logits, logits[0])
+        else:
+            reward = ppo.next_token_logp(logits, y.expand(len(h), -1))
+        found.append(reward)                                                # (n,few)
+    return torch.cat(found, dim=1)
 
 
 def calibrate(model, windows, policy_of, target, low, high):
     """The knob at which policy_of(knob) has mean k = target on `windows`, by bisection with real passes."""
     def mean_k(knob):
-        return evaluate(model, windows, policy_of(knob))[1].mean()
+        [(_, tally)] = evaluate(model, windows, [policy_of(knob)])
+        return tally.mean()
     return bisect(mean_k, target, low, high)
 
 
@@ -92,6 +98,44 @@ def clustered_error(delta, document):
 
 def bits_per_byte(nats, windows, tokenizer):
     """Mean bits per byte of the target text; `nats`: the loss of all its tokens. bos and eos are no bytes."""
-    n_bytes = [0 if i in tokenizer.marks else len(tokenizer.bytes_of_id.get(i, b''))
-               for i in range(int(windows[1].max()) + 1)]
-    return nats / math.log(2) / torch.tensor(n_bytes)[windows[1]].sum().item()
+    n_bytes = 0
+    for i in windows[1].flatten().tolist():
+        if i not in tokenizer.marks:
+            n_bytes += len(tokenizer.bytes_of_id.get(i, b''))
+    return nats / math.log(2) / n_bytes
+
+
+def flops_shares(config, mean_k, T, allocator_params=0):
+    """FLOPs as shares of those of the model's own top-k, and the mean k that they are of."""
+    ours = flops(config, mean_k, T, allocator_params)
+    topk = flops(config, config.top_k, T)
+    return {
+        'mean_k': mean_k,
+        'expert_flops': ours['experts'] / topk['experts'],
+        'total_flops': ours['total'] / topk['total'],
+    }
+
+
+class Probe:
+    """What PPO gains against its start, on windows of text that it does not train on."""
+
+    def __init__(self, model, windows, allocators):
+        self.model = model
+        self.windows = windows
+        self.start, self.start_k = self.measure(allocators)
+
+    def measure(self, allocators):
+        """(loss (n*T,), mean k) as the allocators are now."""
+        [(nats, tally)] = evaluate(self.model, self.windows, [AdaK(allocators)])
+        return nats, tally.mean()
+
+    def look(self, allocators, price):
+        """Numbers for the log; 'gain' is of what PPO minimises, the loss and the price of the experts."""
+        nats, mean_k = self.measure(allocators)
+        change = (nats - self.start).numpy()
+        more_experts = len(self.model.config.moe_layers) * (mean_k - self.start_k)
+        return {
+            'gain': change.mean().item() + price * more_experts,
+            'gain_se': clustered_error(change, self.windows[2].flatten()),
+            'probe_k': mean_k,
+        }

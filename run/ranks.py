@@ -4,16 +4,14 @@ Every rank runs the same script; after `join` only rank 0 prints and writes. In 
 does nothing.
 """
 import os
-import socket
 import sys
-import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from hub.files import InputError
 
-RENDEZVOUS = 60         # seconds are enough for rank 0 to be there
+PATIENCE = timedelta(minutes=10)        # with a rank that does not come, or does not answer
 
 
 def join(device):
@@ -21,31 +19,15 @@ def join(device):
 
     InputError if they do not come.
     """
-    if os.environ.get('WORLD_SIZE', '1') == '1':
+    if os.environ.get('WORLD_SIZE', '') in ('', '1'):
         return
-    host, port = os.environ.get('MASTER_ADDR'), os.environ.get('MASTER_PORT')
+    backend = 'nccl' if device.startswith('cuda') else 'gloo'
     try:
-        if os.environ['RANK'] != '0':
-            wait_for(host, int(port))
-        backend = 'nccl' if device.startswith('cuda') else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    except (KeyError, ValueError, TypeError, OSError, RuntimeError) as e:
-        cause = str(e).splitlines()[0][:200]
-        raise InputError(f'no rendezvous of the ranks at {host}:{port}: {cause}') from None
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f'the ranks do not meet: {str(e).splitlines()[0]}') from None
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
-
-
-def wait_for(host, port):
-    """Until rank 0, or torchrun for it, listens there; OSError if it does not within RENDEZVOUS seconds."""
-    end = time.time() + RENDEZVOUS
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=5).close()
-        except OSError:
-            if time.time() > end:
-                raise
-        time.sleep(0.2)
 
 
 def leave(status=0):
@@ -57,7 +39,6 @@ def leave(status=0):
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
 
 
@@ -68,27 +49,23 @@ def ranks():
 
 def gathered(value):
     """[the value of every rank], in order."""
-    size = ranks()[1]
-    if size == 1:
+    if not dist.is_initialized():
         return [value]
-    values = [None] * size
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def same_everywhere(what, value):
     """InputError unless all ranks have this value."""
-    for i, theirs in enumerate(gathered(value)):
-        if theirs != value:
-            raise InputError(f'{what} is another one on rank {i} than on rank {ranks()[0]}')
+    if len(set(gathered(value))) > 1:
+        raise InputError(f'{what} is not the same on all ranks')
 
 
 def check_ranks(s):
     """InputError unless the ranks can share a batch evenly."""
-    size = ranks()[1]
-    if s.ppo_batch % size:
-        raise InputError(f'--ppo-batch {s.ppo_batch}: {size} ranks cannot take the same number of '
-                         f'sequences each')
+    if s.ppo_batch % ranks()[1]:
+        raise InputError(f'--ppo-batch {s.ppo_batch}: {ranks()[1]} ranks cannot take as many sequences each')
 
 
 def averaged(numbers):
@@ -99,9 +76,7 @@ def averaged(numbers):
 
 def average_gradients(parameters):
     """Replace every gradient by its mean over the ranks: that of a mean loss over all ranks' tokens."""
-    size = ranks()[1]
-    if size > 1:
-        for p in parameters:
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= size
+    for p in parameters:
+        if dist.is_initialized() and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()

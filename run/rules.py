@@ -2,87 +2,108 @@
 
     one beta     the same beta in every layer
     per layer    a beta per layer, all layers keep the same share of experts: as published (Lu et al. 2024)
-    greedy       a beta per layer; the layer whose experts buy the least gives up the next share of them
+    greedy       a beta per layer; the layer whose experts are worth least gives up the next of them
 
 Each is a family of policies with one knob, mean k. Which is best is measured on the calibration split by the
-divergence from the Top-K prediction (ppo.py:expected_gain): the expected loss, without the luck of the text.
+loss expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
+import functools
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from allocator import Skip, TopK, Watched, bisect, tail_ratios
-from run.evaluate import divergences
+from allocator import Skip, TopK, Watched, tail_ratios
+from run.evaluate import evaluate
 
-LEVELS = 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25   # of K: what the search of shares tries in every layer
+STEPS = 8               # `greedy` takes steps of about K / STEPS experts
 SEARCH_TOKENS = 8192
 FAMILIES = 'one beta', 'per layer', 'greedy'
 
 
 class SkipFamilies:
-    """The three families for one model: tails looked up and shares searched once, on the calibration split.
+    """The three families for one model: what they need to know is measured once, on the calibration split.
 
-    calibration: a Text; seq: T. `policy(family, mean_k)` makes a Skip whose mean k is near mean_k.
+    calibration: a Text; seq: T.
     """
 
     def __init__(self, model, calibration, seq):
-        self.model, self.K, self.L = model, model.config.top_k, len(model.config.moe_layers)
+        self.model = model
+        self.K = model.config.top_k
+        self.L = len(model.config.moe_layers)
         self.windows = calibration.windows(seq, SEARCH_TOKENS)
         self.tails = tails(model, self.windows[0])                          # (L,P,K-1)
-        self.curves = {}                                   # of `greedy`, by the mean k it was searched around
+        n_steps = round(STEPS * (self.K - 1) / self.K)
+        self.levels = np.linspace(self.K, 1, n_steps + 1)
 
-    def policy(self, family, mean_k):
-        if family == 'one beta' or self.K == 1:                # K = 1 leaves nothing to skip
-            together = self.tails.flatten(0, 1)[None]                       # (1,L*P,K-1)
-            return Skip(betas_at(together, [mean_k])[0], self.K)
+    def policy(self, family, mean_k, around=None):
+        """A Skip whose mean k is near mean_k.
+
+        around: the mean k of the other layers while `greedy` measures one; by default mean_k.
+        """
+        if family == 'one beta':
+            together = self.tails.flatten(0, 1)                             # (L*P,K-1)
+            [beta] = betas_at([together], [mean_k])
+            return Skip(beta, self.K)
         shares = [mean_k] * self.L
-        if family == 'greedy':
-            shares = self.greedy_shares(mean_k)
+        if family == 'greedy' and self.K > 1:
+            shares = self.greedy_shares(mean_k, around or mean_k)
         return Skip(betas_at(self.tails, shares), self.K)
 
-    def greedy_shares(self, mean_k):
-        """The mean k of each layer, on average mean_k: where a greedy search in ever smaller steps ends.
+    def greedy_shares(self, mean_k, around):
+        """The mean k of each layer, on average mean_k.
 
-        There the next bit of an expert costs every layer the same: k_l(cost) is read off each layer's curve,
-        and one cost is found for all.
+        All layers start at K; the cheapest next step of any layer is taken until the mean is reached, the
+        last one in part.
         """
-        around = neighbourhood(mean_k, self.K) * self.K        # one search serves all of it
-        if around not in self.curves:
-            self.curves[around] = [marginal_costs(points) for points in self.costs(around)]
+        layers = range(self.L)
+        steps = [self.steps_down(layer, around) for layer in layers]
+        size = self.levels[0] - self.levels[1]                 # of a step, in experts
+        taken = [0] * self.L
+        left = self.L * (self.K - mean_k) / size               # steps to take
+        while left > 1e-9:
+            layer = min(layers, key=lambda layer: steps[layer][taken[layer]])
+            taken[layer] += min(1, left)
+            left -= 1
+        return [self.K - size * n for n in taken]
 
-        def shares(cost):
-            return [float(np.interp(cost, costs, k)) for costs, k in self.curves[around]]
-        low = min(costs[0] for costs, _ in self.curves[around])
-        high = max(costs[-1] for costs, _ in self.curves[around])
-        return shares(bisect(lambda cost: np.mean(shares(cost)), mean_k, high, low, 40))
+    @functools.cache                                           # measured once
+    def steps_down(self, layer, around):
+        """[what each step of a layer from K down to 1 costs in nats, the others at `around`; then inf]"""
+        shares = [around] * self.L
+        policies = []
+        for level in self.levels:
+            shares[layer] = level
+            policies.append(Skip(betas_at(self.tails, shares), self.K))
+        nats = [cost for cost, _ in self.costs(policies)]
+        return [*np.diff(nats), np.inf]
 
-    def costs(self, around):
-        """[[(mean k, divergence), ..] of each layer at LEVELS of K], the other layers at the equal share."""
-        costs, levels = [], sorted({max(1.0, level * self.K) for level in LEVELS}, reverse=True)
-        for layer in range(self.L):
-            policies = []
-            for k in levels:
-                shares = [around] * self.L
-                shares[layer] = k
-                policies.append(Skip(betas_at(self.tails, shares), self.K))
-            found = divergences(self.model, self.windows, policies)
-            costs.append([(k, nats.mean().item()) for k, (nats, _) in zip(levels, found)])
-        return costs
-
-
-def neighbourhood(mean_k, K):
-    """The tenth of K around which `greedy_shares` searches for mean_k."""
-    return round(mean_k / K, 1)
+    def costs(self, policies):
+        """[(nats per token that a policy costs, its mean k), ..], on the calibration split."""
+        found = []
+        for nats, tally in evaluate(self.model, self.windows, policies, expected=True):
+            found.append((nats.mean().item(), tally.mean()))
+        return found
 
 
 @torch.no_grad()
+def look(model, inputs, see):
+    """[see(layer, x, probs) of each MoE layer] in one pass of inputs (B,T) under the model's own top-k."""
+    seen = []
+
+    def onlooker(layer, x, probs, k):
+        seen.append(see(layer, x, probs))
+    policy = Watched(TopK(model.config.top_k), onlooker)
+    model.hidden(inputs.to(model.device), policy)
+    return seen
+
+
 def tails(model, inputs):
     """Skip's ratios of every layer and token under the model's own top-k: inputs (B,T) -> (L,B*T,K-1)."""
-    seen, K = [], model.config.top_k
-
-    def look(layer, x, probs, k):
-        seen.append(tail_ratios(probs.topk(K, dim=-1).values))
-    model.hidden(inputs.to(model.device), Watched(TopK(K), look))
-    return torch.stack(seen)
+    def ratios(layer, x, probs):
+        p = probs.topk(model.config.top_k, dim=-1).values
+        return tail_ratios(p)
+    return torch.stack(look(model, inputs, ratios))
 
 
 def betas_at(ratios, mean_k):
@@ -91,36 +112,25 @@ def betas_at(ratios, mean_k):
     Skip keeps 1 + the number of ratios above beta, so beta is an order statistic. Example: 4 tokens of K = 2
     with ratios .9 .5 .3 .1 and mean_k 1.5: two of them must lie above beta -> .3.
     """
-    P, betas = ratios.shape[1], []
+    betas = []
     for layer, k in zip(ratios, mean_k):
         falling = layer.flatten().sort(descending=True).values              # (P*(K-1),)
-        above = round((k - 1) * P)
-        betas.append(falling[above].item() if above < len(falling) else 0.0)
+        falling = F.pad(falling, (0, 1))                       # beta 0 keeps all K
+        above = round((k - 1) * len(layer))
+        betas.append(falling[above].item())
     return betas
 
 
-def marginal_costs(points):
-    """(costs, k) of one layer: what the next bit of an expert costs, in nats per expert, where k are left.
-
-    points: [(mean k, divergence), ..], k falling. Costs stand at the middles of the steps, 0 at the first k,
-    and are made to rise as k falls, as a search that takes the cheapest step first would meet them. Example:
-    (2, 0), (1.5, .1), (1, .4) -> costs 0, .2, .6, .8 at k 2, 1.75, 1.25, 1.
-    """
-    k, nats = np.array(points).T
-    costs = np.diff(nats) / -np.diff(k)
-    costs = np.concatenate([[0], costs, [1.5 * costs[-1] - 0.5 * costs[-2]]])
-    return np.maximum.accumulate(costs), np.concatenate([k[:1], (k[1:] + k[:-1]) / 2, k[-1:]])
-
-
-def best_family(families, windows, mean_k):
-    """The name of the family whose Skip at mean_k diverges least from Top-K on `windows`."""
-    found = divergences(families.model, windows, [families.policy(family, mean_k) for family in FAMILIES])
-    return min(zip(found, FAMILIES), key=lambda pair: pair[0][0].mean().item())[1]
+def best_family(families, mean_k):
+    """The name of the family whose Skip at mean_k costs least."""
+    policies = [families.policy(family, mean_k) for family in FAMILIES]
+    costs = families.costs(policies)
+    return FAMILIES[costs.index(min(costs))]
 
 
 def worth_of_an_expert(families, mean_k):
     """What one expert more buys around mean_k, in nats per expert and layer."""
-    policies = [families.policy('per layer', min(share * mean_k, families.K)) for share in (0.95, 1.05)]
-    few, many = divergences(families.model, families.windows, policies)
-    saved = few[0].mean().item() - many[0].mean().item()
-    return saved / (many[1].mean() - few[1].mean()) / families.L
+    fewer = families.policy('per layer', 0.95 * mean_k)
+    more = families.policy('per layer', min(1.05 * mean_k, families.K))
+    (dear, few), (cheap, many) = families.costs([fewer, more])
+    return (dear - cheap) / (many - few) / families.L

@@ -1,148 +1,184 @@
-"""run/speed.py: the tables and figures of bench.json, which bench.py measures.
+"""run/speed.py: what bench.py compares with, and how it shows it.
 
-A row of the dispatch table is one shape, dtype, stage, number of tokens, path and plan (everyone K, or
-variable k).
+    pairs of times: everything at top-k, and with fewer experts
+    transformers over the memory of our weights: the experts of one layer, and a whole Mixtral
+    whole models beside each other
+    the table and the figure
+
+transformers is optional: where it is missing, or of a version that builds its models in another way, its rows
+are left out and a line says so.
 """
+import contextlib
+from functools import partial
+from itertools import product
 
-from run.report import BLUE, GREEN, GREY, ORANGE, RED, SKY, markdown, plt, save_figure
+import torch
+import torch.nn as nn
 
-# the parts of a forward pass: (colour, hatch)
-PARTS = {'experts': (BLUE, ''), 'attention': (ORANGE, '//'), 'head': (SKY, '..'), 'router': (GREEN, 'xx'),
-         'allocator': (RED, ''), 'rest': (GREY, '')}
-CASE = 'shape', 'dtype', 'stage', 'T'
+from allocator import Counted
+from hub.config import to_hf
+from hub.plug import attach
+from model import generate
+from moe_dispatch import used
+from run.report import BLUE, markdown, plt, save_figure
+from run.timing import interleaved, summary
+from scale.graph import graph_decoder
+
+WAYS = 'eager', 'grouped_mm'                # in which transformers runs its experts
+PROMPT = 16                                 # tokens before those that are written
+ROUNDS = 7                                  # in which every case is timed once
 
 
-def by_case(rows):
-    """{(shape, dtype, stage, T): ({path: row at top-K}, {path: row at about 0.75 K})}."""
+def pairs(cases, device, about):
+    """A row of every path in cases {(path, 'top-k' or 'fewer'): run}, with the summary of either's times.
+
+    All are timed in the same rounds, so that ratios between them mean something. `about` goes into every row.
+    """
+    rows = {}
+    for (path, choice), times in interleaved(cases, ROUNDS, device).items():
+        row = rows.setdefault(path, {**about, 'path': path})
+        row[choice] = summary(times)
+    return list(rows.values())
+
+
+# ================================================================ transformers over our weights
+
+@contextlib.contextmanager
+def left_out(what):
+    """Within it an error of transformers becomes one line; what was found before stays."""
+    try:
+        yield
+    except Exception as e:                                     # a version that is not known may raise any
+        print(f'transformers: its rows are left out, {what} ({repr(e)[:200]})')
+
+
+def transformers_experts(x, ids, weights, k, w_in, w_out):
+    """{name: callable} of transformers' ways to compute moe_dispatch.py:moe of the same arguments."""
+    N, width, C = w_in.shape
+    run = used(k, ids.shape[1])                                # (P,k_max)
+    ids = torch.where(run, ids, N)                             # there is no expert N: nothing is computed
+    weights = weights.to(x.dtype)
     cases = {}
-    for r in rows:
-        plans = cases.setdefault(tuple(r[name] for name in CASE), ({}, {}))
-        plans[r['variable']][r['path']] = r
+    with left_out('experts'):
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        for way in WAYS:
+            config = MixtralConfig(hidden_size=C, intermediate_size=width // 2, num_local_experts=N)
+            config._experts_implementation = way
+            with torch.device('meta'):
+                module = MixtralExperts(config)
+            module.gate_up_proj = nn.Parameter(w_in, False)
+            module.down_proj = nn.Parameter(w_out, False)
+            module._is_expert_parallel = not run.all()         # says that there are ids without an expert
+            module(x[:1], ids[:1], weights[:1])                # does it run?
+            cases[f'transformers {way}'] = partial(module, x, ids, weights)
     return cases
 
 
-def best_peer(paths):
-    """The fastest of transformers' rows in {path: row}, None where there is none."""
-    peers = (r for path, r in paths.items() if path.startswith('transformers'))
-    return min(peers, key=lambda r: r['ms'], default=None)
+def twin_of(model):
+    """transformers' MixtralForCausalLM over the memory of our weights; an error for another family."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    config = MixtralConfig(**to_hf(model.config))
+    with torch.device('meta'):
+        twin = MixtralForCausalLM(config).eval()
+    tensors = {}
+    for name, p in model.named_parameters():
+        name = name.replace('mlp.router', 'mlp.gate')
+        name = name.replace('mlp.w_in', 'mlp.experts.gate_up_proj')
+        name = name.replace('mlp.w_out', 'mlp.experts.down_proj')
+        tensors[name if name.startswith('lm_head') else f'model.{name}'] = p
+    twin.load_state_dict(tensors, assign=True)
+    # a table of its own, not a weight
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)
+    return twin
 
 
-def default_path(paths):
-    """The row of the path that a model takes in this case."""
-    return next(r for r in paths.values() if r['default'])
+def theirs(twin, way, prompt, n):
+    """transformers reads prompt (B,T), and writes n tokens by its own loop, greedy -> (B,T+n)."""
+    twin.config._experts_implementation = way
+    return twin.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=n,
+        min_new_tokens=n,
+        do_sample=False,
+        pad_token_id=0,
+    )
 
 
-# ---------------------------------------------------------------- tables
+# ================================================================ whole models beside each other
 
-def claims(rows):
-    """What the dispatch rows say, a line a case: ours against itself, same-FLOPs matmuls, transformers."""
-    def over(a, b):
-        return f'{a["ms"] / b["ms"]:.2f}' if a and b else ''
+@torch.no_grad()
+def whole_rows(name, model, tokens, policy):
+    """The rows of one model: ours, and transformers in two ways, at top-k and with the `policy`.
+
+    Each reads tokens (B,T) up to the first new one, and writes a 64th as many behind 1 and behind 8 prompts.
+    """
+    cases = {}
+    for choice, choose_k in ('top-k', None), ('fewer', policy):
+        cases['ours', choice] = partial(generate, model, choose_k=choose_k, decoder=graph_decoder)
+    with left_out(name):
+        twins = {'top-k': twin_of(model), 'fewer': twin_of(model)}
+        attach(twins['fewer'], policy)
+        for way, choice in product(WAYS, twins):
+            cases[f'transformers {way}', choice] = partial(theirs, twins[choice], way)
+    n = tokens.numel() // 64
+    prompts = tokens.flatten().repeat(8)[:8 * PROMPT].view(8, PROMPT)       # a short text is repeated
+    rows = []
+    for stage, prompt, new in ('prefill', tokens, 1), ('batch 1', prompts[:1], n), ('batch 8', prompts, n):
+        tally = Counted(policy, len(model.config.moe_layers), model.device)
+        generate(model, prompt, new, tally)
+        about = {'name': name, 'stage': stage, 'k_share': tally.mean() / model.config.top_k}
+        runs = {case: partial(run, prompt, n=new) for case, run in cases.items()}
+        rows += pairs(runs, model.device, about)
+    return rows
+
+
+# ================================================================ the table and the figure
+
+def speed_table(rows):
+    """Milliseconds, quartiles, share of the limit; in bold the path that the model takes.
+
+    The last column: how many times as fast as the better of transformers' two ways at top-k.
+    """
+    best = {}
+    for r in rows:
+        if r['path'].startswith('transformers'):
+            case = r['name'], r['stage']
+            best[case] = min(best.get(case, r['top-k']['ms']), r['top-k']['ms'])
     lines = []
-    for case, (top, less) in by_case(rows).items():
-        ours, fewer, peer = default_path(top), default_path(less), best_peer(top)
-        dense = top.get('dense pair')
-        mean_k = f'{fewer["mean_k"]:.3g} / {ours["mean_k"]:.3g}'
-        lines.append([*map(str, case), mean_k, over(fewer, ours), over(dense, ours), over(ours, peer),
-                      over(fewer, peer)])
-    return markdown([*CASE, 'mean k / K', 'our time / ours at K', 'dense pair / ours, K',
-                     'ours / best of transformers, both K', 'ours at mean k / its K'], lines)
-
-
-def milliseconds(rows):
-    """Every path of the dispatch table with its quartiles."""
-    def ms(r):
-        return f'{r["ms"]:.2f} ({r["low"]:.2f}-{r["high"]:.2f})' if r else ''
-    lines = []
-    for case, (top, less) in by_case(rows).items():
-        lines += [[*map(str, case), path, ms(r), ms(less.get(path))] for path, r in top.items()]
-    return markdown([*CASE, 'path', 'top-K ms', '0.75 K ms'], lines)
-
-
-def roofline(rows):
-    """Bytes and FLOPs of each case, the time that this machine's own rates allow, and the share reached."""
-    lines = []
-    for case, plans in by_case(rows).items():
-        for r in map(default_path, plans):
-            if 'flops' in r:
-                lines.append([*map(str, case), f'{r["mean_k"]:g}', f'{r["flops"] / 1e9:.3g}',
-                              f'{r["bytes"] / 1e6:.3g}', r['bound'], f'{r["limit_ms"]:.2f}', f'{r["ms"]:.2f}',
-                              f'{r["of_limit"]:.0%}'])
-    return markdown([*CASE, 'mean k', 'GFLOP', 'MB', 'bound', 'limit ms', 'ours ms', 'of limit'], lines)
-
-
-def model_lines(table):
-    """The model table, with the speed-up of each row over the first."""
-    top, lines = table['rows'][0], []
-    for r in table['rows']:
-        speeds = (f'{r[name]:.1f} ({r[name] / top[name]:.2f}x)' for name in
-                  ('prefill_tokens_per_s', 'decode_tokens_per_s'))
-        shares = (f'{r["share_of_prefill"].get(part, 0):.1%}' for part in PARTS)
-        lines.append([r['policy'], f'{r["prefill_mean_k"]:.2f}, {r["decode_mean_k"]:.2f}', *speeds, *shares])
-    head = ['policy', 'mean k in prefill, decode', 'prefill tokens/s', 'decode tokens/s', *PARTS]
+    for r in rows:
+        path = r['path']
+        bold = f'**{path}**' if path == r.get('default') else path
+        line = [r['name'], r['stage'], bold]
+        for choice in 'top-k', 'fewer':
+            t = r[choice]
+            cell = f'{t["ms"]:.2f} ({t["low"]:.2f}-{t["high"]:.2f})'
+            if 'limit_ms' in r:
+                cell += f', {r["limit_ms"][choice] / t["ms"]:.0%}'
+            line.append(cell)
+        line.append(f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}')
+        line.append(f'{r["k_share"]:.2f}')
+        theirs = best.get((r['name'], r['stage']))
+        speed_ups = [f'{theirs / r[choice]["ms"]:.2f}' for choice in ('top-k', 'fewer') if theirs]
+        line.append(', '.join(speed_ups))
+        lines.append(line)
+    head = ['', 'stage', 'path', 'ms at top-k', 'ms with fewer', 'time: fewer / top-k', 'k: fewer / top-k',
+            'transformers / this, top-k, fewer']
     return markdown(head, lines)
 
 
-# ---------------------------------------------------------------- figures
-
-def dispatch_figure(path, rows, machine):
-    """A panel per shape and dtype: every path's prefill at top-K (hollow) and 0.75 K, with quartiles."""
-    cases = {case: plans for case, plans in by_case(rows).items() if case[2] == 'prefill'}
-    shapes, dtypes = (list(dict.fromkeys(case[i] for case in cases)) for i in (0, 1))
-    fig, axes = plt.subplots(len(dtypes), len(shapes), figsize=(2 + 3 * len(shapes), 0.6 + 2.5 * len(dtypes)),
-                             layout='constrained', sharey=True, squeeze=False)
-    names = list(dict.fromkeys(name for top, _ in cases.values() for name in top))[::-1]
-    looks = ('top-K', 'black', 'white'), ('mean k 0.75 K', BLUE, BLUE)
-    for case, plans in cases.items():
-        ax = axes[dtypes.index(case[1])][shapes.index(case[0])]
-        for paths, (label, color, fill) in zip(plans, looks):
-            shown = [r for name, r in paths.items() if name in names]
-            ms, low, high = ([r[key] for r in shown] for key in ('ms', 'low', 'high'))
-            error = [[m - x for m, x in zip(ms, low)], [x - m for m, x in zip(ms, high)]]
-            places = [names.index(r['path']) for r in shown]
-            ax.errorbar(ms, places, xerr=error, fmt='o', color=color, mfc=fill, label=label)
-        ax.set(title=f'{case[0]}, {case[1]}, T = {case[3]}', xlabel='ms', xlim=(0, None),
-               yticks=range(len(names)), yticklabels=names)
-        ax.title.set_fontsize(9)
-        ax.grid(axis='x', alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    fig.suptitle(f'experts of one layer, forward: {machine}', fontsize=10)
-    save_figure(fig, path)
-
-
-def roofline_figure(path, rows, reached):
-    """Reached FLOP/s against FLOPs per byte, under the machine's own matmul rate and copy bandwidth."""
-    fig, ax = plt.subplots(figsize=(6, 3.8), layout='constrained')
-    looks = {'float32': (BLUE, '-'), 'bfloat16': (RED, '--')}
-    counted = [r for plans in by_case(rows).values() for r in map(default_path, plans) if 'flops' in r]
-    for dtype in dict.fromkeys(r['dtype'] for r in counted):
-        color, line = looks[dtype]
-        x = [0.1, reached[dtype] / reached['copy'], 1000]
-        limit = [min(reached['copy'] * i, reached[dtype]) / 1e9 for i in x]
-        ax.plot(x, limit, color=color, linestyle=line, label=f'limit, {dtype}')
-        for stage, marker, fill in (('prefill', 'o', color), ('decode', '^', 'white')):
-            shown = [r for r in counted if (r['dtype'], r['stage']) == (dtype, stage)]
-            intensity, rate = zip(*((r['flops'] / r['bytes'], r['flops'] / r['ms'] / 1e6) for r in shown))
-            ax.plot(intensity, rate, marker, color=color, mfc=fill, label=f'{stage}, {dtype}')
-    ax.set(xscale='log', yscale='log', xlabel='FLOPs per byte', ylabel='GFLOP/s',
-           title='experts of one layer against the machine')
-    ax.legend(fontsize=8)
-    save_figure(fig, path)
-
-
-def model_figure(path, table):
-    """Where the time of a prefill goes, and the speed-up."""
-    fig, ax = plt.subplots(figsize=(7, 2.4), layout='constrained')
-    rows = table['rows'][::-1]
-    for y, r in enumerate(rows):
-        left = 0
-        for part, (color, hatch) in PARTS.items():
-            width = r['share_of_prefill'].get(part, 0) * r['prefill']['ms']
-            label = part if y == 0 else None
-            ax.barh(y, width, left=left, color=color, hatch=hatch, edgecolor='white', label=label)
-            left += width
-    names = [f'{r["policy"]}, mean k {r["prefill_mean_k"]:.2f}' for r in rows]
-    ax.set(yticks=range(len(names)), yticklabels=names, title='where the time of a whole model goes',
-           xlabel=f'ms of a prefill of {table["B"]} x {table["T"]} tokens')
-    ax.legend(fontsize=8, ncols=len(PARTS), loc='upper center', bbox_to_anchor=(0.5, -0.35))
+def speed_figure(path, rows, title):
+    """Every path's prefill at top-k and with fewer experts, with quartiles."""
+    rows = [r for r in rows if r['stage'].startswith('prefill')]
+    fig, ax = plt.subplots(figsize=(8, 1 + len(rows) / 4), layout='constrained')
+    for r in rows:
+        name = f'{r["name"]}, {r["path"]}'
+        for choice, color, fill in ('top-k', 'black', 'white'), ('fewer', BLUE, BLUE):
+            t = r[choice]
+            times = [t['low'], t['ms'], t['high']]
+            ax.plot(times, 3 * [name], 'o-', color=color, mfc=fill, markevery=[1])
+    ax.set(xlim=0, xlabel='ms of a prefill: hollow top-k, filled 0.75 K, with quartiles', title=title)
+    ax.grid(axis='x', alpha=0.3)
+    ax.invert_yaxis()                                          # the first path on top
     save_figure(fig, path)

@@ -1,33 +1,28 @@
 """run/timing.py: how everything is timed: all candidates in turn, in one process, medians with quartiles."""
-import contextlib
 import statistics
-import time
+from functools import partial
+from time import perf_counter
 
 import torch
 
 
-def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-
-
-def interleaved(cases, rounds, device, around=lambda name: contextlib.nullcontext()):
-    """{name: [seconds, ..]} of callables, in turn in every round; the first round warms up and is dropped.
+def interleaved(cases, rounds, device):
+    """{name: [seconds, ..]} of callables {name: run}, in turn in every round; the first round warms up.
 
     Every second round runs backwards, as a case may profit from what another leaves in the caches.
-    around(name): a context in which the case runs; entering and leaving it are not timed.
     """
+    wait = torch.get_device_module(device).synchronize         # until the device has done what it was given
     times = {name: [] for name in cases}
+    order = list(cases)
     for r in range(rounds + 1):
-        for name in list(cases)[::1 if r % 2 else -1]:
-            with around(name):
-                synchronize(device)
-                start = time.perf_counter()
-                cases[name]()
-                synchronize(device)
-                spent = time.perf_counter() - start
-            if r:
-                times[name].append(spent)
+        for name in order:
+            wait()
+            start = perf_counter()
+            cases[name]()
+            wait()
+            if r > 0:
+                times[name].append(perf_counter() - start)
+        order.reverse()
     return times
 
 
@@ -37,26 +32,15 @@ def summary(times):
     return {'ms': middle, 'low': low, 'high': high}
 
 
-def graphed(run):
-    """The same as one CUDA graph, without what Python and the launches cost."""
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def rates(device):
-    """What this machine reaches: copy (bytes read plus written) in bytes/s, matmuls in FLOP/s by dtype."""
-    def best(run):
-        return min(interleaved({'run': run}, 7, device)['run'])
-    n = 2 ** 27 if device.type == 'cpu' else 2 ** 30
-    a = torch.randint(9, (n,), dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    reached = {'copy': 2 * n / best(lambda: b.copy_(a))}
-    m = 1536 if device.type == 'cpu' else 8192
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = (torch.randn(m, m, device=device, dtype=dtype) for _ in range(2))
-        reached[str(dtype).removeprefix('torch.')] = 2 * m ** 3 / best(lambda: x @ y)
-    return reached
+    """What this machine reaches: 'copy' in bytes/s, read plus written; matmuls in FLOP/s, by dtype."""
+    m = 8192 if device.type == 'cuda' else 1536
+    source = torch.ones(2 ** 28, dtype=torch.uint8, device=device)
+    cases = {'copy': partial(source.clone().copy_, source)}
+    work = {'copy': 2 * len(source)}
+    for dtype in 'float32', 'bfloat16':
+        x = torch.randn(m, m).to(device, getattr(torch, dtype))
+        cases[dtype] = partial(torch.mm, x, x)
+        work[dtype] = 2 * m ** 3
+    times = interleaved(cases, 7, device)
+    return {name: work[name] / min(times[name]) for name in cases}

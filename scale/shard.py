@@ -6,26 +6,22 @@ import torch.distributed as dist
 
 from hub.checkpoint import first_row, hub_tensors, open_checkpoint
 from hub.safetensors import read_into
-from model import Transformer
+from scale.stream import LayerByLayer
 
 
-class Sharded(Transformer):
-    """The same model, a layer gathered from all ranks while the one before computes, and given up behind it.
+class Sharded(LayerByLayer):
+    """The same model, each layer gathered from all ranks and freed afterwards.
 
-    Embedding, last norm and head are on every rank. All ranks must visit together: the same number of calls
+    Embedding, last norm and head are on every rank. All ranks must sweep together: the same number of calls
     of `hidden_of`, whatever is in them. `shard` makes one.
     """
     tokens_per_visit = 2 ** 14
 
-    def visit(self):
-        assert not torch.is_grad_enabled(), 'a backward pass would find the layers given up'
-        coming = self.layers[0].unshard(async_op=True)
-        for i, layer in enumerate(self.layers):
-            coming.wait()
-            if i + 1 < len(self.layers):
-                coming = self.layers[i + 1].unshard(async_op=True)
-            yield layer
-            layer.reshard()
+    def begin(self, i):
+        return self.layers[i].unshard(async_op=True).wait
+
+    def end(self, layer):
+        layer.reshard()
 
 
 def shard(folder, dtype, device, progress=lambda done, total: None):
@@ -35,16 +31,18 @@ def shard(folder, dtype, device, progress=lambda done, total: None):
     model, layouts = open_checkpoint(Path(folder), dtype, Sharded)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `visit` does
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `end` does
     model = model.to_empty(device=device)
     model.tie()
     views = hub_tensors(model)
     for i, (path, layout) in enumerate(layouts.items(), 1):
         for name in views.keys() & layout.keys():
-            (dtype, shape, begin, stop), mine = layout[name], views[name]
-            if mine.shape != torch.Size(shape):                # some rows of this tensor
-                row, first = (stop - begin) // shape[0], first_row(shape[0], mesh)      # bytes; the first row
-                layout[name] = dtype, mine.shape, begin + first * row, begin + (first + len(mine)) * row
+            dtype, shape, begin, stop = layout[name]
+            mine = views[name].shape
+            if mine != torch.Size(shape):                      # some rows of this tensor
+                row = (stop - begin) // shape[0]               # bytes
+                begin += row * first_row(shape[0], mesh)
+                layout[name] = dtype, mine, begin, begin + row * mine[0]
         read_into(path, layout, views)
         progress(i, len(layouts))
     return model

@@ -1,150 +1,128 @@
-"""study/policies.py: policies that only studies use, and learning without RL.
+"""study/policies.py: allocators learnt without RL, for comparison with PPO, and policies by name.
 
-    PerLayer       RandomMix for every layer apart                          knobs: mean k of each layer
-    EntropyBands   the more experts the higher the entropy of the router    knob: scale
-    Sampled        k drawn from the allocators as in training, not the most probable
-    SoftMixture    every k at once, weighted: the allocators can then be learnt by backpropagation
+Every token runs all its choices of k at once, weighted by their probabilities, so the loss can be
+differentiated by them. After training the most probable k is taken, as after PPO.
 """
 import math
+from contextlib import suppress
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import ppo
-from allocator import AdaK, RandomMix, Skip, TopK, TopP, sample_k
+from allocator import AdaK, Skip, TopK
+from base.frozen import base_folder
+from hub.checkpoint import base_digest
+from hub.config import read_config
 from hub.files import InputError
 from run.console import Progress
+from train import PRICE_RATE, settings_of
 
-
-class PerLayer:
-    """One mean k per layer, blind to content within it: `RandomMix` for every layer apart."""
-
-    def __init__(self, mean_k):
-        self.layers = [RandomMix(k) for k in mean_k]
-        self.k_max = max(mix.k_max for mix in self.layers)
-
-    def __call__(self, layer, x, probs):
-        return self.layers[layer](layer, x, probs)
-
-
-class EntropyBands:
-    """k = scale * exp(H), rounded, in 1..k_max: exp(H) is the effective number of experts, H in nats.
-
-    The bands of H lie between log((k - 1/2) / scale) and log((k + 1/2) / scale).
-    Example: the uniform (1/4, 1/4, 1/4, 1/4) has exp(H) = 4; with scale .5 -> 2; a sure (1, 0, 0, 0) -> 1.
-    """
-
-    def __init__(self, scale, k_max):
-        self.scale, self.k_max = scale, k_max
-
-    def __call__(self, layer, x, probs):
-        effective = torch.special.entr(probs).sum(-1).exp()                 # (P,)
-        return (self.scale * effective).round().long().clamp(1, self.k_max)
-
-
-class Sampled(AdaK):
-    """k drawn from the allocators as in training, instead of the most probable."""
-
-    @torch.no_grad()
-    def __call__(self, layer, x, probs):
-        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs))
-        return sample_k(F.log_softmax(logits, -1), torch.rand(len(x), device=x.device))
-
-
-# ---------------------------------------------------------------- without RL
-
+SOFT_STEPS = 200
 SOFT_LR = 3e-2
 DECISIVE = 3e-4         # price of entropy at the end, nats: a mixture must become a choice
 
 
-class SoftMixture:
+class SoftMixture(TopK):
     """Every token runs k_max experts, and its output is the mean over k of what k experts would give.
 
-    y = sum_k pi_k y_k with pi from the allocators, so backpropagation through the model reaches them. One
-    object per pass; after it `pi` is (L,P,k_max). Costs what k_max experts cost, both ways; for inference
-    take `AdaK`.
+    y = sum_k pi_k y_k with pi from the allocators. One object for one pass; after it `steps` holds pi
+    (P,k_max) of every layer. For training only: it costs what k_max experts cost.
     """
 
     def __init__(self, allocators):
-        self.allocators, self.k_max, self.steps = allocators, allocators.k_max, []
+        super().__init__(allocators.k_max)
+        self.allocators = allocators
+        self.steps = []
 
     def __call__(self, layer, x, probs):
-        logits = self.allocators.logits(layer, self.allocators.inputs(layer, x, probs))
-        self.steps.append(F.softmax(logits, -1))
-        return torch.full((len(x),), self.k_max, device=x.device)
+        z = self.allocators.inputs(layer, x, probs)
+        logits = self.allocators.logits(layer, z)
+        self.steps.append(logits.softmax(-1))
+        return super().__call__(layer, x, probs)
 
-    def select(self, probs, k, k_max, renormalise):
+    def select(self, probs, k, renormalise):
         """ids and weights (P,k_max): expert j gets p_j * sum over k >= j of pi_k / (p_1 + .. + p_k).
 
         Without `renormalise` of pi_k alone.
         """
-        p, ids = probs.topk(k_max, dim=-1)
-        share = self.steps[-1] / p.cumsum(-1) if renormalise else self.steps[-1]
-        return ids, p * share.flip(-1).cumsum(-1).flip(-1)
+        p, ids = probs.topk(self.k_max, dim=-1)
+        share = self.steps[-1]                                              # (P,k_max)
+        if renormalise:
+            share = share / p.cumsum(-1)
+        from_j_on = share.flip(-1).cumsum(-1).flip(-1)
+        return ids, p * from_j_on
 
-    @property
-    def pi(self):
-        return torch.stack(self.steps)
 
+def train_soft(s, model, allocators, price, text):
+    """The comparison without RL: PPO's start, objective and price, learnt through `SoftMixture`.
 
-def train_soft(s, model, allocators, text, steps, price, price_rate):
-    """The comparison without RL: the same start, objective and price, learnt through `SoftMixture`; in place.
-
-    s: the run's Settings; price in nats per expert and layer, moved as in train.py:ppo_step.
+    Arguments as of train.py:train_ppo, which keeps a log; the price moves as in train.py:ppo_step.
     """
-    c = model.config
-    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
+    K = model.config.top_k
+    steps = min(SOFT_STEPS, s.ppo_steps)
+    generator = torch.Generator().manual_seed(s.seed + 1)
+    batches = text.batches(s.ppo_batch, s.seq, generator)
     optimizer = torch.optim.AdamW(allocators.parameters(), SOFT_LR)
-    L, progress = len(c.moe_layers), Progress('soft mixture', steps)
-    n = torch.arange(1.0, allocators.k_max + 1, device=s.device)            # (A,)
+    progress = Progress('soft mixture', steps)
+    k = torch.arange(1.0, allocators.k_max + 1, device=s.device)            # (A,)
     for step in range(1, steps + 1):
-        inputs, targets = (z.to(s.device) for z in next(batches))           # (B,T) both
-        with torch.no_grad():
-            logits_topk = model(inputs)                                     # (B,T,V)
+        inputs = next(batches)[0].to(s.device)                              # (B,T)
+        logits_topk = model(inputs)                                         # (B,T,V)
         mixture = SoftMixture(allocators)
         logits = model(inputs, mixture)
-        if s.reward == 'expected':
-            reward = ppo.expected_gain(logits, logits_topk)                 # (B,T)
-        else:
-            reward = ppo.next_token_logp(logits, targets)
-        pi = mixture.pi                                                     # (L,P,A)
-        mean_k, entropy = (pi @ n).mean(), torch.special.entr(pi).sum(-1).mean()
+        reward = ppo.expected_gain(logits, logits_topk).mean()
+        pi = torch.stack(mixture.steps)                                     # (L,P,A)
+        mean_k = (pi @ k).mean()
+        entropy = torch.special.entr(pi).sum(-1).mean()
         decisive = DECISIVE * min(1, 2 * step / steps)
-        loss = -reward.mean() + L * (price * mean_k + decisive * entropy)
-        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - (step - 1) / steps)
+        of_layer = price * mean_k + decisive * entropy
+        loss = len(pi) * of_layer - reward
+        lr = SOFT_LR * (1 - (step - 1) / steps)
+        optimizer.param_groups[0]['lr'] = lr
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        argmax_k = (1 + pi.argmax(-1)).float().mean().item()
-        price *= math.exp(price_rate * (argmax_k - s.budget * c.top_k) / c.top_k)
-        progress(step, step * inputs.numel(), loss=loss.item(), argmax_k=argmax_k, price=price)
+        most_probable = 1 + pi.argmax(-1)                                   # (L,P)
+        argmax_k = most_probable.float().mean().item()
+        too_many = argmax_k - s.budget * K
+        price *= math.exp(PRICE_RATE * too_many / K)
+        tokens = step * inputs.numel()
+        progress(step, tokens, loss=loss.item(), argmax_k=argmax_k)
 
 
-# ---------------------------------------------------------------- policies by name
+# ================================================================ policies by name
 
-POLICIES = 'ada-k, top-k, k=2, mix=1.5, top-p=0.4, skip=0.5'
+def policy_flags(p):
+    """Add the flags that name a policy."""
+    p.add_argument('--run', default='', help='a run of train.py: its base and its allocators')
+    p.add_argument('--policy', help='ada-k, top-k, k=2, skip=0.5 (default: ada-k with --run, else top-k)')
 
 
-def make_policy(name, config, run, device):
-    """The policy that `--policy` names; `run` has the allocators of 'ada-k'. InputError if it is none."""
+def open_policy(a):
+    """(Settings, folder of the base, its Config, policy) that a program's flags name; sets a.policy."""
+    if not a.run and not a.ckpt:
+        raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
+    a.policy = a.policy or ('ada-k' if a.run else 'top-k')
+    s = settings_of(a)
+    folder = base_folder(s, Path(a.run))
+    config = read_config(folder)
+    if a.policy == 'ada-k' and a.run:
+        policy = AdaK.of_run(a.run, config, base_digest(folder), s.device)
+    else:
+        policy = rule(a.policy, config)
+    return s, folder, config, policy
+
+
+def rule(name, config):
+    """The policy without training that `--policy` names; InputError if it is none."""
+    N = config.n_experts
     kind, _, knob = name.partition('=')
-    N, K = config.n_experts, config.top_k
     if name == 'top-k':
-        return TopK(K)
-    if name == 'ada-k':
-        if not run:
-            raise InputError('--policy ada-k: give the trained run with --run FOLDER')
-        return AdaK.of_run(run, config, device)
-    try:
-        value = float(knob)
-    except ValueError:
-        value = math.nan                                       # in no range
-    if kind == 'k' and value in range(1, N + 1):
-        return TopK(int(value))
-    if kind == 'mix' and 1 <= value <= N:
-        return RandomMix(value)
-    if kind == 'top-p' and 0 < value <= 1:
-        return TopP(value, N)
-    if kind == 'skip' and value >= 0:
-        return Skip(value, K)
-    raise InputError(f'--policy {name}: use ada-k, top-k, k=1..{N}, mix=1..{N}, top-p=0..1, or skip=0..')
+        return TopK(config.top_k)
+    with suppress(ValueError):                                 # a knob that is no number
+        if kind == 'k' and int(knob) in range(1, N + 1):
+            return TopK(int(knob))
+        if kind == 'skip' and float(knob) >= 0:
+            return Skip(float(knob), config.top_k)
+    raise InputError(f'--policy {name}: use ada-k with --run, or top-k, k=1..{N}, skip=BETA')

@@ -4,92 +4,85 @@
     python -m study.sample --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"   any static k, no training needed
 """
 import time
-from pathlib import Path
 
 import torch
 
-from allocator import Counted
-from base.frozen import base_folder, load_model
-from hub.config import read_config
+from allocator import Counted, Watched
+from base.frozen import load_model
 from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from model import generate_steps
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags
-from study.passage import coloured
-from study.policies import POLICIES, make_policy
-from train import settings_of
+from scale.graph import graph_decoder
+from study.policies import open_policy, policy_flags
+
+BLACK, GREYS = 232, 24          # of a terminal's 256 colours, in rising lightness
 
 
-def parser(doc):
-    """The flags of a program that runs a model under a policy by name."""
-    p = OneLineParser(doc)
-    p.add_argument('--run', default='', help='a run of train.py: its base and its allocators')
-    model_flags(p)
-    p.add_argument('--policy', help=f'{POLICIES} (default: ada-k with --run, else top-k)')
-    p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
-    return p
+def written(steps, stops, ids):
+    """The ids of the steps, (1,1) each, up to the first that ends a text; appends them to `ids`."""
+    for token in steps:
+        if token.item() in stops:
+            return
+        ids.append(token.item())
+        yield ids[-1]
 
 
-def opened(a):
-    """(settings, folder of the base, its tokenizer, its Config, the name of the policy); joins the ranks."""
-    if not a.run and not a.ckpt:
-        raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
-    open_model_flags(a)
-    s = settings_of(a, finished=False)
-    folder = base_folder(s, Path(a.run))
-    return s, folder, Tokenizer(folder), read_config(folder), a.policy or ('ada-k' if a.run else 'top-k')
-
-
-def sample(a):
-    """Continue the prompt."""
-    s, folder, tokenizer, c, name = opened(a)
-    policy = make_policy(name, c, a.run, a.device)
-    ids = tokenizer.prompt(a.prompt)
-    if not ids:
-        raise InputError('--prompt: is empty')
-    if max(ids) >= c.n_vocab:
-        raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
-                         f'the model has only {c.n_vocab} tokens')
-    if len(ids) + a.tokens > c.max_len:
-        raise InputError(f'--prompt of {len(ids)} tokens and --tokens {a.tokens}: '
-                         f'the model reads at most {c.max_len}')
-    model = load_model(s, folder)
-    tokens = torch.tensor([ids], device=a.device)
-    tally = Counted(policy, len(c.moe_layers), a.device)
-    generator = torch.Generator(a.device).manual_seed(a.seed)
-    new, times = [], [time.perf_counter()]
-
-    def ids_as_they_come():
-        for token in generate_steps(model, tokens, a.tokens, tally, a.temperature, generator):
-            times.append(time.perf_counter())
-            if token.item() in tokenizer.stops:
-                return
-            new.append(token.item())
-            yield token.item()
-
-    print(a.prompt, end='', flush=True)
-    for piece in tokenizer.stream(ids_as_they_come(), first=False):
-        print(piece, end='', flush=True)
-    print()
-    rate = 'one token only'
-    if len(times) > 2:
-        rate = f'{(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after the first'
-    print(f'--- {len(new)} tokens, prompt of {len(ids)} in {times[1] - times[0]:.2f} s, {rate}, '
-          f'mean k {tally.mean():.3f} of K = {c.top_k} ({type(policy).__name__})')
-    if a.show:
-        print(coloured(model, tokenizer, torch.tensor([ids + new], device=a.device), policy))
+@torch.no_grad()
+def coloured(model, tokenizer, tokens, policy):
+    """The text of tokens (1,T) for a terminal, each on a grey that is lighter the more experts it ran."""
+    seen = []
+    model.hidden(tokens, Watched(policy, lambda layer, x, probs, k: seen.append(k)))
+    k = torch.stack(seen).float().mean(0).tolist()                          # [T], mean over the layers
+    low, high = min(k), max(k)
+    shown = ''
+    for k_t, piece in zip(k, tokenizer.stream(tokens[0])):
+        share = (k_t - low) / max(high - low, 1e-9)
+        grey = BLACK + round(share * (GREYS - 1))
+        text = 231 if share < 0.5 else 16                      # white on dark, black on light
+        piece = piece.replace('\n', '\x1b[0m\n')
+        shown += f'\x1b[48;5;{grey};38;5;{text}m{piece}\x1b[0m'
+    return f'{shown}\nexperts a layer, from black to white: {low:.2f} to {high:.2f}'
 
 
 def main(argv=None):
-    p = parser(__doc__)
+    p = OneLineParser(__doc__)
+    policy_flags(p)
+    model_flags(p)
     p.add_argument('--prompt', required=True, help='the text to continue')
     p.add_argument('--tokens', type=int, default=100, help='how many tokens to write (default 100)')
-    p.add_argument('--temperature', type=float, default=0.0, help='0: the most probable token (default)')
+    p.add_argument('--temperature', type=float, default=0.8, help='0: the most probable token (default 0.8)')
+    p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
     p.add_argument('--show', action='store_true', help='print the text once more, tokens coloured by their k')
     a = p.parse_args(argv)
-    if a.tokens < 1 or not 0 <= a.temperature < float('inf'):
-        raise InputError('--tokens must be 1 or more, --temperature 0 or more')
-    sample(a)
+    open_model_flags(a)
+    s, folder, config, policy = open_policy(a)
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.prompt(a.prompt)
+    n = len(ids)
+    if not 0 < n < n + a.tokens <= config.max_len:
+        raise InputError(f'--prompt of {n} tokens, --tokens {a.tokens}: '
+                         f'give 1 or more of both, together at most {config.max_len}')
+    if not 0 <= a.temperature < float('inf'):
+        raise InputError(f'--temperature {a.temperature}: must be 0 or more')
+    if max(ids) >= config.n_vocab:
+        raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
+                         f'the model has only {config.n_vocab} tokens')
+    model = load_model(s, folder)
+    tally = Counted(policy, len(config.moe_layers), a.device)
+    start = time.perf_counter()
+    tokens = torch.tensor([ids], device=a.device)
+    generator = torch.Generator(a.device).manual_seed(a.seed)
+    steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, generator, graph_decoder)
+    print(a.prompt, end='', flush=True)
+    for piece in tokenizer.stream(written(steps, tokenizer.stops, ids), first=False):
+        print(piece, end='', flush=True)
+    new = len(ids) - n
+    rate = new / (time.perf_counter() - start)
+    print(f'\n--- {new} tokens behind {n}, {rate:.1f} tokens/s, '
+          f'mean k {tally.mean():.3f} of K = {config.top_k}')
+    if a.show:
+        print(coloured(model, tokenizer, torch.tensor([ids], device=a.device), policy))
 
 
 if __name__ == '__main__':

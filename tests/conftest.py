@@ -1,4 +1,6 @@
-"""Small models for the tests, and the project's folder on the import path."""
+"""Small models for the tests, one finished smoke run, and the project's folder on the import path."""
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -6,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def tiny_config(**changes):
     from model import Config
-
     sizes = dict(
         n_vocab=50,
         dim=32,
@@ -33,7 +35,8 @@ def random_model(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(0, 1 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5, generator=generator)
+            std = 1 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5
+            p.normal_(0, std, generator=generator)
     return model.requires_grad_(False)
 
 
@@ -44,19 +47,19 @@ def seeded():
 
 def python_train(*args):
     """train.py in a process of its own, as a user starts it."""
-    train = Path(__file__).parent.parent / 'train.py'
-    return subprocess.run(
-        [sys.executable, train, *map(str, args)], capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, ROOT / 'train.py', *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope='session')
 def smoke(tmp_path_factory):
     """(folder, what was printed) of one finished smoke run."""
+    import train
     out = tmp_path_factory.mktemp('smoke')
-    done = python_train('--preset', 'smoke', '--out', out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train.main(['--preset', 'smoke', '--out', str(out)])
+    return out, printed.getvalue()
 
 
 def refusal(capsys, script, main, *args):
@@ -66,6 +69,7 @@ def refusal(capsys, script, main, *args):
     with pytest.raises(SystemExit) as exit:
         one_line_errors(script, main, [str(a) for a in args])
     *before, line = capsys.readouterr().err.splitlines()
-    assert exit.value.code == 2 and line.startswith(f'{script}: ')
+    assert exit.value.code == 2
+    assert line.startswith(f'{script}: ')
     assert all(progress.startswith(('load', 'base')) for progress in before)
     return line

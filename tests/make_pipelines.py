@@ -1,10 +1,11 @@
-"""Makes tests/golden/pipelines.json.gz: steps and options of tokenizer.json with the ids of the library.
+"""Makes tests/golden/pipelines.json.gz: small files like tokenizer.json with the ids of the library.
 
 Run once by hand; running the tests needs no tokenizers:
     pip install tokenizers==0.23.3 && python tests/make_pipelines.py
 
-{models: {name: model}, texts: [..], cases: [{name, model, hf: what differs from a plain file, plain: [ids of
-each text, special tokens as plain text], special: [the same, special tokens obeyed]}]}
+{models: {name: model}, texts: [..], cases: [{name, model, hf: the rest of the file, foreign: what in it is
+not modelled here, '' where all of it is, plain: [ids of each text, special tokens as plain text], special:
+[the same, special tokens obeyed]}]}
 """
 import gzip
 import json
@@ -12,7 +13,8 @@ import random
 import sysconfig
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, processors, trainers
+from tokenizers import pre_tokenizers as pre
 
 GOLDEN = Path(__file__).parent / 'golden'
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -23,198 +25,132 @@ O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}
 DEEPSEEK3 = [r'\p{N}{1,3}', r'[一-龥぀-ゟ゠-ヿ]+',
              r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+'
              r'| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+']
-BLOOM = r' ?[^(\s|[.,!?…。，、।۔،])]+'
-ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+OWN = 'Größe naïve café Москва 漢字かな交じり文 한국어 🙂👍🏽 ½ ٣٤ 12345 x\u0301 ﬁ ǅ\n\n\t  \r\n'
+KINDS = [
+    'abc def_ghi',
+    ' \t\n\r',
+    '0123456789½٣²',
+    'äößñÀÿøþǅ',
+    '漢字かな한국어🙂👍🏽\u200d',
+    'e\u0301x\u0308ﬁ',
+    '.,;:!?()[]{}"\'`~/-',
+    '\x00\x1c\x7f\x85\xa0\u3000▁',
+    'HELLO World ΑΒΓ абв ſK>\u0338\uffff',
+]
+TEXTS = [
+    '',
+    ' a ',
+    "I'll DON'T they've",
+    '▁a ▁▁ b größe',
+    'x' * 90 + ' ' * 40,
+    '<s>',
+    'a <s> b</s>c',
+    'foo<|x|>foo <|x|>  b',
+    'footool <tool> tool tool_ tool.',
+    '  <w>  w<w> <w>',
+    'ﬁ<ﬁ>fi<fi>',
+]
 
 
 def corpus():
     root = Path(sysconfig.get_paths()['stdlib'])
-    own = 'Größe naïve café Москва 漢字かな交じり文 한국어 🙂👍🏽 ½ ٣٤ 12345 x\u0301 ﬁ ǅ\n\n\t  \r\n'
-    return [(root / name).read_text() for name in ('argparse.py', 'this.py', 'heapq.py')] + [own] * 20
+    return [(root / name).read_text() for name in ('argparse.py', 'this.py', 'heapq.py')] + [OWN] * 20
 
 
 def texts():
-    rng, lines = random.Random(0), corpus()[0].splitlines(keepends=True)
-    kinds = ['abc def_ghi', ' \t\n\r', '0123456789½٣²', 'äößñÀÿøþǅ', '漢字かな한국어', '🙂👍🏽\u200d',
-             'e\u0301x\u0308ﬁ', '.,;:!?()[]{}"\'`~/-', '\x00\x1c\x7f\x85\xa0\u3000▁', 'HELLO World',
-             'ΑΒΓ абв']
-    out = ['', ' ', '  ', 'a', ' a', 'a ', "I'll DON'T they've", 'One, two!', 'größe', '▁a ▁▁ b', 'x' * 90,
-           ' ' * 40, '\n\n\n', '12345 67', '<s>', 'a <s> b</s>c', '<|x|>', 'a <|x|>  b', 'foo<|x|>foo',
-           'foo <tool> foo', 'footool tool tool_ tool.', 'TOOL tool', '  <w>  w<w> <w>', 'ﬁ<ﬁ>fi<fi>',
-           'a\u3000b', '\u2028\u2029x']
-    out += [''.join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 30))) for _ in range(94)]
-    return out + [line for line in lines if line.strip()][:35]
+    rng = random.Random(0)
+    out = list(TEXTS)
+    for _ in range(94):
+        out.append(''.join(rng.choice(rng.choice(KINDS)) for _ in range(rng.randint(1, 30))))
+    return out + corpus()[0].splitlines(keepends=True)[:60]
 
 
-def trained(pre, size=380, normalizer=None, **how):
+def trained(cut, size, alphabet=[], special=[], **how):
     """The model of a BPE learnt on the corpus."""
-    special = how.pop('special_tokens', [])
     t = Tokenizer(models.BPE(**how))
-    t.pre_tokenizer = pre
-    if normalizer:
-        t.normalizer = normalizer
-    t.train_from_iterator(corpus(), trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, show_progress=False,
-        initial_alphabet=ALPHABET if isinstance(pre, pre_tokenizers.ByteLevel) else []))
+    t.pre_tokenizer = cut
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    t.train_from_iterator(corpus(), trainer)
     return json.loads(t.to_str())['model']
 
 
-def all_models():
-    byte_tokens = [f'<0x{b:02X}>' for b in range(256)]
-    spaces = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    words = pre_tokenizers.Split(Regex('▁+[^▁]*|[^▁]+'), 'isolated')
-    unk = dict(unk_token='<unk>', special_tokens=['<unk>'])
-    return {
-        'bytes': trained(pre_tokenizers.ByteLevel(add_prefix_space=False)),
-        'fallback': trained(words, 560, spaces, byte_fallback=True, fuse_unk=True, unk_token='<unk>',
-                            special_tokens=['<unk>', '<s>', '</s>', *byte_tokens]),
-        'unk': trained(pre_tokenizers.Metaspace(), 260, **unk)}
+def level(regex=True):
+    return pre.ByteLevel(add_prefix_space=False, use_regex=regex)
 
 
-def split(pattern, behavior='Isolated', invert=False, kind='Regex'):
-    return {'type': 'Split', 'pattern': {kind: pattern}, 'behavior': behavior, 'invert': invert}
+def behind(*steps):
+    """ByteLevel without its own pattern behind others: a string is a pattern to split at."""
+    steps = [pre.Split(Regex(step), 'isolated') if isinstance(step, str) else step for step in steps]
+    return pre.Sequence([*steps, level(False)])
 
 
-def level(space=False, regex=False):
-    return {'type': 'ByteLevel', 'add_prefix_space': space, 'trim_offsets': True, 'use_regex': regex}
+MODELS = {
+    'bytes': trained(level(), 380, pre.ByteLevel.alphabet()),
+    'fallback': trained(
+        pre.Metaspace(),
+        560,
+        special=['<unk>', *(f'<0x{b:02X}>' for b in range(256))],
+        byte_fallback=True,
+        unk_token='<unk>',
+    ),
+    'unk': trained(pre.Metaspace(), 260, special=['<unk>'], unk_token='<unk>'),
+}
+MODELS['edited'] = {**MODELS['bytes'], 'merges': MODELS['bytes']['merges'][40:]}
 
 
-def metaspace(scheme, cut, marker='▁'):
-    return {'type': 'Metaspace', 'replacement': marker, 'prepend_scheme': scheme, 'split': cut}
-
-
-def chain(*steps):
-    return {'type': 'Sequence', 'pretokenizers': list(steps)}
-
-
-def norms(*steps):
-    return {'type': 'Sequence', 'normalizers': list(steps)}
-
-
-def token(i, content, **flags):
-    return {'id': i, 'content': content, 'single_word': False, 'lstrip': False, 'rstrip': False,
-            'normalized': False, 'special': True, **flags}
-
-
-NFC, NFKC = {'type': 'NFC'}, {'type': 'NFKC'}
-PREPEND = {'type': 'Prepend', 'prepend': '▁'}
-SPACES = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
-DIGITS = {'type': 'Digits', 'individual_digits': True}
-
-
-def variants():
-    """[(name, model, changes to the file)]."""
-    out = []
-
-    def add(name, model, pre=None, normalizer=None, added=(), post=None, **changes):
-        out.append((name, model, {'normalizer': normalizer, 'pre_tokenizer': pre, 'added_tokens': list(added),
-                                  'post_processor': post, 'model': changes}))
-    for behaviour in ('Removed', 'Isolated', 'MergedWithPrevious', 'MergedWithNext', 'Contiguous'):
-        for invert in (False, True):
-            add(f'Split regex {behaviour} invert {invert}', 'bytes',
-                chain(split(r'[\s.,!?]', behaviour, invert), level()))
-        add(f'Split string {behaviour}', 'bytes', chain(split(' ', behaviour, kind='String'), level()))
-        add(f'Punctuation {behaviour}', 'bytes',
-            chain({'type': 'Punctuation', 'behavior': behaviour}, level()))
-    add('a Split that does not match everything', 'bytes', chain(split(r' ?[^\s.,!?]+'), level()))
-    add('the same, removed and inverted', 'bytes', chain(split(r' ?[^\s.,!?]+', 'Removed', True), level()))
-    add('Qwen', 'bytes', chain(split(QWEN), level()), NFC)
-    add('Qwen without its last alternative', 'bytes', chain(split(QWEN.rpartition('|')[0]), level()))
-    add('o200k', 'bytes', chain(split(O200K), level()))
-    add('DeepSeek-V3', 'bytes', chain(*map(split, DEEPSEEK3), level()))
-    add('BLOOM', 'bytes', chain(split(BLOOM), level()))
-    add('two Splits with properties', 'bytes', chain(split(r'\p{N}{1,2}'), split(r'\p{Lu}\p{Ll}*'), level()))
-    add('lines, words, escapes', 'bytes',
-        chain(split(r'^\s*\w+|\b\d+\b$|[\x{4E00}-\u9fff&&[^\x{6F22}]]++'), level()))
-    add('case, look-behind, atomic', 'bytes',
-        chain(split(r'(?i)hello|(?<=a)b|(?<!\s)(?>\h{2})|\P{L}\S'), level()))
-    add('scripts', 'bytes', chain(split(r'\p{Han}+|\p{Greek}|\p{^Cyrillic}{3}'), level()))
-    add('empty matches', 'bytes', chain(split(r'a*'), level()))
-    add('Digits', 'bytes', chain({'type': 'Digits', 'individual_digits': False}, level()))
-    add('Digits then ByteLevel with its pattern', 'bytes', chain(DIGITS, level(regex=True)))
-    add('ByteLevel then Digits', 'bytes', chain(level(regex=True), DIGITS))
-    add('ByteLevel', 'bytes', level(regex=True))
-    add('ByteLevel with a space in front', 'bytes', level(True, True))
-    add('a space in front of every piece', 'bytes', chain(DIGITS, level(True)))
-    add('no pattern at all', 'bytes', level())
-    add('Sequence of NFC', 'bytes', level(regex=True), norms(NFC))
-    add('NFKC', 'bytes', level(regex=True), NFKC)
-    add('NFD and NFKD', 'bytes', level(regex=True), norms({'type': 'NFD'}, {'type': 'NFKD'}))
-    add('Replace by a regex', 'bytes', level(regex=True),
-        {'type': 'Replace', 'pattern': {'Regex': r'\s{2,}|\d'}, 'content': '#'})
-    add('Whitespace', 'bytes', chain({'type': 'Whitespace'}, level()))
-    add('WhitespaceSplit', 'bytes', chain({'type': 'WhitespaceSplit'}, level()))
-    add('ignore_merges', 'bytes', level(regex=True), ignore_merges=True, merges_from=40)
-    for scheme in ('always', 'first', 'never'):
-        for cut in (True, False):
-            add(f'Metaspace {scheme} split {cut}', 'fallback', metaspace(scheme, cut))
-    add('Metaspace as old files spell it', 'fallback',
-        {'type': 'Metaspace', 'replacement': '▁', 'add_prefix_space': True, 'str_rep': '▁'})
-    add('Metaspace as old files spell it, no space', 'fallback',
-        {'type': 'Metaspace', 'replacement': '▁', 'add_prefix_space': False, 'prepend_scheme': 'never'})
-    add('Metaspace first behind Digits', 'fallback', chain(DIGITS, metaspace('first', True)))
-    add('Metaspace first behind a removed start', 'fallback',
-        chain(split(r'\A[a-z]', 'Removed'), metaspace('first', True)))
-    add('Mixtral', 'fallback', None, norms(PREPEND, SPACES))
-    add('Replace without Prepend', 'fallback', None, SPACES)
-    add('Prepend alone', 'fallback', None, PREPEND)
-    add('NFKC, Prepend, Replace', 'fallback', None, norms(NFKC, PREPEND, SPACES))
-    for fuse in (True, False):
-        add(f'unk, fuse_unk {fuse}', 'unk', metaspace('always', True), fuse_unk=fuse)
-    special = [token(1000, '<s>'), token(1001, '</s>')]
-    for name, flags in [('plain', {}), ('lstrip', dict(lstrip=True)), ('rstrip', dict(rstrip=True)),
-                        ('both', dict(lstrip=True, rstrip=True)), ('single_word', dict(single_word=True)),
-                        ('normalized', dict(normalized=True))]:
-        more = [token(1002, '<|x|>', **flags), token(1003, 'tool', special=False, **flags),
-                token(1004, '<w>', special=False, **flags), token(1005, '<ﬁ>', special=False, **flags)]
-        add(f'added tokens, {name}', 'bytes', level(regex=True), NFKC, special + more)
-        add(f'added tokens, {name}, Metaspace first', 'fallback', metaspace('first', True), None,
-            special + more)
-        add(f'added tokens, {name}, Mixtral', 'fallback', None, norms(PREPEND, SPACES), special + more)
-    front = {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {
-        '<s>': {'id': '<s>', 'ids': [1000], 'tokens': ['<s>']}},
-        'single': [{'SpecialToken': {'id': '<s>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]}
-    both = {'type': 'RobertaProcessing', 'sep': ['</s>', 1001], 'cls': ['<s>', 1000], 'trim_offsets': True,
-            'add_prefix_space': False}
-    offsets = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': False, 'use_regex': True}
-    add('bos by a template', 'bytes', level(regex=True), None, special, front)
-    add('bos in a sequence', 'bytes', level(regex=True), None, special,
-        {'type': 'Sequence', 'processors': [offsets, front]})
-    add('bos and eos', 'bytes', level(regex=True), None, special, both)
-    add('offsets only', 'bytes', level(regex=True), None, special, offsets)
-    return out
-
-
-def whole_file(parts, model):
-    """The tokenizer.json of a case: ids of added tokens lie behind the model's."""
-    changes = dict(parts['model'])
-    model = {**model}
-    if start := changes.pop('merges_from', 0):
-        model['merges'] = model['merges'][start:]              # so that words in vocab are out of their reach
-        joined = {''.join(m) for m in model['merges']} | set(ALPHABET)
-        model['merges'] = [m for m in model['merges'] if set(m) <= joined]
-    shift = len(model['vocab']) - 1000
-    moved = json.loads(json.dumps({k: v for k, v in parts.items() if k != 'model'}), object_hook=lambda d: {
-        k: v + shift if k == 'id' and isinstance(v, int) else [i + shift for i in v] if k == 'ids'
-        else [v[0], v[1] + shift] if k in ('sep', 'cls') else v for k, v in d.items()})
-    return {'version': '1.0', 'truncation': None, 'padding': None, 'decoder': None, **moved,
-            'model': {**model, **changes}}
+def case(name, foreign, model, cut=None, normalizer=None, post=None, **flags):
+    """A case: the tokenizer of these parts, with added tokens of these flags."""
+    t = Tokenizer.from_str(json.dumps({'model': MODELS[model]}))
+    t.pre_tokenizer = cut
+    t.normalizer = normalizer
+    how = {'normalized': False, **flags}
+    t.add_special_tokens([AddedToken(content, **how) for content in ('<s>', '</s>', '<|x|>')])
+    t.add_tokens([AddedToken(content, **how) for content in ('tool', '<w>', '<ﬁ>')])
+    if post:
+        t.post_processor = post
+    hf = json.loads(t.to_str())
+    del hf['model']
+    special = [t.encode(text).ids for text in texts()]
+    t.encode_special_tokens = True
+    plain = [t.encode(text, add_special_tokens=False).ids for text in texts()]
+    return dict(name=name, foreign=foreign, model=model, hf=hf, plain=plain, special=special)
 
 
 def main():
-    base, strings, cases = all_models(), texts(), []
-    for name, model, parts in variants():
-        hf = whole_file(parts, base[model])
-        t, case = Tokenizer.from_str(json.dumps(hf)), {'name': name, 'model': model}
-        case['special'] = [t.encode(s).ids for s in strings]
-        t.encode_special_tokens = True
-        case['plain'] = [t.encode(s, add_special_tokens=False).ids for s in strings]
-        changed = {k: v for k, v in hf['model'].items() if v != base[model][k]}
-        cases.append({**case, 'hf': {**hf, 'model': changed}})
-    raw = json.dumps({'models': base, 'texts': strings, 'cases': cases}).encode()
-    (GOLDEN / 'pipelines.json.gz').write_bytes(gzip.compress(raw, 9, mtime=0))
-    size = (GOLDEN / 'pipelines.json.gz').stat().st_size
-    print(f'{len(cases)} cases of {len(strings)} texts, {size:,} bytes')
+    nfc = normalizers.NFC()
+    mixtral = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    bos = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 380)])
+    both = processors.RobertaProcessing(('</s>', 381), ('<s>', 380))
+    cases = [
+        case('Qwen', '', 'bytes', behind(QWEN), nfc),
+        case('OLMoE', '', 'bytes', level(), nfc, processors.ByteLevel(), normalized=True),
+        case('o200k', '', 'bytes', behind(O200K)),
+        case('DeepSeek-V3', '', 'bytes', behind(*DEEPSEEK3), post=bos),
+        case('Digits', '', 'bytes', behind(r'\s+$', pre.Digits(individual_digits=True))),
+        case('Mixtral', '', 'fallback', None, mixtral),
+        case('Mixtral, normalized', '', 'fallback', None, mixtral, normalized=True),
+        case('Metaspace always', '', 'fallback', pre.Metaspace(split=False)),
+        case('Metaspace first', '', 'fallback', pre.Metaspace(prepend_scheme='first', split=False)),
+        case('Metaspace cuts', 'Metaspace', 'fallback', pre.Metaspace()),
+        case('NFKC', 'NFKC', 'bytes', level(), normalizers.NFKC()),
+        case('removed', 'Removed', 'bytes', behind(pre.Split(' ', 'removed'))),
+        case('a class in a class', 'Split', 'bytes', behind(r'[^\s[.,]]+')),
+        case('a pre-tokenizer', 'Punctuation', 'bytes', behind(pre.Punctuation())),
+        case('edited', 'merges', 'edited', level()),
+        case('no bytes', 'model', 'unk', pre.Metaspace(split=False)),
+        case('bos and eos', 'single', 'bytes', level(), post=both),
+    ]
+    for flag in ('lstrip', 'rstrip', 'single_word'):
+        cases.append(case(flag, flag, 'bytes', level(), **{flag: True}))
+    raw = json.dumps({'models': MODELS, 'texts': texts(), 'cases': cases}).encode()
+    path = GOLDEN / 'pipelines.json.gz'
+    path.write_bytes(gzip.compress(raw, 9, mtime=0))
+    print(f'{len(cases)} cases of {len(texts())} texts, {path.stat().st_size:,} bytes')
 
 
 if __name__ == '__main__':

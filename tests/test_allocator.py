@@ -34,7 +34,10 @@ def test_skip_for_top_2_is_the_published_rule():
 
 def test_random_mix_has_its_mean_and_is_the_same_again():
     x = torch.zeros(20000, 1)
-    draw = lambda seed: (torch.manual_seed(seed), RandomMix(2.3)(0, x, x))[1]
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return RandomMix(2.3)(0, x, x)
     k = draw(4)
     assert set(k.tolist()) == {2, 3} and abs(k.float().mean() - 2.3) < .01
     assert torch.equal(k, draw(4)) and not torch.equal(k, draw(5))
@@ -108,14 +111,20 @@ def test_rollout_records_what_it_drew(trained):
 def test_file_keeps_the_allocators_and_refuses_another_base(trained, tmp_path):
     path = tmp_path / 'allocator.safetensors'
     trained.price.fill_(.25)
-    trained.save(path)
-    again = Allocators.load(path, tiny_config())
+    trained.save(path, 'a base')
+    again = Allocators.load(path, tiny_config(), 'a base')
     assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values()))
     assert again.extended and again.k_max == 5
-    with pytest.raises(InputError, match='top_k 3, this one has 2'):
-        Allocators.load(path, tiny_config(top_k=2))
+    with pytest.raises(InputError, match='trained for another base model'):
+        Allocators.load(path, tiny_config(), 'another base')
+    with pytest.raises(InputError, match='allocator.safetensors: damaged, or of another version'):
+        Allocators.load(path, tiny_config(top_k=2), 'a base')
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match='allocator.safetensors'):
-        Allocators.load(path, tiny_config())
+        Allocators.load(path, tiny_config(), 'a base')
     with pytest.raises(InputError, match='No such file'):
-        Allocators.load(tmp_path / 'nothing', tiny_config())
+        Allocators.load(tmp_path / 'nothing', tiny_config(), 'a base')
+    trained.weight.data[0, 0, 0] = float('nan')
+    trained.save(path, 'a base')
+    with pytest.raises(InputError, match='weight holds NaN'):
+        Allocators.load(path, tiny_config(), 'a base')

@@ -1,91 +1,106 @@
-"""bench.py from the command line: its tables, a run's own text, and wrong inputs."""
-import json
+"""bench.py: everything timed computes the same, its tables, a run's own text, wrong inputs."""
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 import bench
-import train
-from allocator import AdaK, Allocators, Counted
-from base.frozen import base_model
-from conftest import refusal
-from hub.checkpoint import load
-
-ROOT = Path(__file__).parent.parent
+import run.speed
+from allocator import Skip
+from conftest import random_model, refusal, tiny_config
+from hub.files import read_json
+from moe_dispatch import moe
 
 
-def test_quick_bench_writes_its_tables(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / 'bench.py', '--quick', '--out', tmp_path], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / 'bench.json').read_text())
-    rows = results['dispatch']
-    assert {(r['dtype'], r['stage'], r['T']) for r in rows} == {
-        (dtype, *stage) for dtype in ('float32', 'bfloat16')
-        for stage in (('prefill', 64), ('decode', 8), ('decode', 1), ('forward + backward', 32))}
-    assert {r['path'] for r in rows} >= {'loop', 'exact', 'static', 'dense pair'}
-    assert all(0 < r['low'] <= r['ms'] <= r['high'] for r in rows)
-    for r in rows:
-        assert (
-            r['mean_k'] == pytest.approx(0.75 * r['K'], rel=0.02)
-            or not r['variable']
-            or r['stage'] == 'decode'
-        )
-        if r['stage'] == 'prefill':                            # 6*C*F FLOPs a row, rows = sum of k
-            assert r['flops'] == pytest.approx(6 * 64 * 32 * 64 * r['mean_k'])
-            limits = r['flops'] / results['reached'][r['dtype']], r['bytes'] / results['reached']['copy']
-            assert r['limit_ms'] == pytest.approx(1000 * max(limits)) and r['bound'] == (
-                'compute' if limits[0] > limits[1] else 'memory'
-            )
-    top, ada = results['model']['rows']
-    assert ada['prefill_mean_k'] == pytest.approx(1.4, abs=0.05) and top['prefill_mean_k'] == 2
-    assert (
-        sum(ada['share_of_prefill'].values()) == pytest.approx(1) and ada['share_of_prefill']['allocator'] > 0
-    )
-    assert '| exact |' in done.stdout and '| ada-k |' in done.stdout
-    for name in ('dispatch.png', 'roofline.png', 'model.png'):
-        assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(run.speed, 'ROUNDS', 2)
+    monkeypatch.setitem(bench.SHAPES, 'cpu', {'tiny': (64, 32, 8, 2, 64)})
+    monkeypatch.setitem(bench.DTYPES, 'cpu', ['bfloat16'])
+    monkeypatch.setitem(bench.WIDTHS, 'cpu', 256)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('T', [1, 8, 40])
+@pytest.mark.parametrize('choice, mean_k', [('top-k', 4), ('fewer', 3)])
+def test_everything_that_is_timed_computes_the_same(T, choice, mean_k):
+    model = random_model(tiny_config(top_k=4))
+    layer = model.layers[0].mlp
+    batch = bench.routed(layer, T, choice)
+    cases = bench.dispatch_cases(*batch)
+    y = moe(*batch)
+    for case in cases.values():
+        assert torch.allclose(case(), y, atol=1e-4)
+    assert ('moe_few' in cases) == (T <= 8)
+    expert = 3 * 32 * 16
+    hit = mean_k if T == 1 else 8
+    flops = 2 * expert * T * mean_k
+    n_bytes = 4 * expert * hit
+    ms = max(flops, n_bytes) / 1e3
+    assert bench.limit(*batch, 1e6, 1e6) == pytest.approx(ms)
+
+
+def test_bench_writes_both_tables_and_the_figure(tmp_path, capsys):
+    bench.main(['--out', str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert '| tiny, bfloat16 | batch 1 | **moe_few** |' in printed
+    assert printed.count('**') == 2 * 3                        # of every stage one path
+    rows = read_json(tmp_path / 'bench.json')['beside']
+    assert rows[0]['k_share'] == pytest.approx(0.7, abs=0.03)
+    figure = tmp_path / 'dispatch.png'
+    assert figure.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_table_says_what_was_measured():
+    row = {
+        'name': 'tiny',
+        'stage': 'batch 1',
+        'path': 'moe_few',
+        'k_share': 0.75,
+        'default': 'moe_few',
+        'limit_ms': {'top-k': 1, 'fewer': 0.5},
+        'top-k': {'ms': 4, 'low': 3, 'high': 5},
+        'fewer': {'ms': 2, 'low': 1, 'high': 3},
+    }
+    theirs = {**row, 'path': 'transformers eager', 'top-k': {'ms': 6, 'low': 5, 'high': 7}}
+    _, _, line, other = run.speed.speed_table([row, theirs]).splitlines()
+    times = '4.00 (3.00-5.00), 25% | 2.00 (1.00-3.00), 25% | 0.50'
+    assert line == f'| tiny | batch 1 | **moe_few** | {times} | 0.75 | 1.50, 3.00 |'
+    assert other.endswith('| 1.00, 3.00 |')
+
+
+def test_whole_models_with_and_without_transformers(monkeypatch, capsys):
+    pytest.importorskip('transformers')
+    model = random_model(tiny_config(top_k=2))
+    tokens = torch.randint(50, (2, 80))
+    case = 'tiny', model, tokens, Skip(0.6, 2)
+    rows = run.speed.whole_rows(*case)
+    assert len(rows) == 3 * 3
+    monkeypatch.setattr('transformers.MixtralForCausalLM', None)
+    rows = run.speed.whole_rows(*case)
+    assert [r['path'] for r in rows] == 3 * ['ours']
+    printed = capsys.readouterr().out
+    assert 'transformers: its rows are left out, tiny (' in printed
 
 
 def test_bench_of_a_run_uses_its_allocators_and_its_text(smoke, tmp_path):
-    run = smoke[0]
-    bench.main(['--run', str(run), '--quick', '--out', str(tmp_path)])
-    table = json.loads((tmp_path / 'bench.json').read_text())['model']
-    model = load(run / 'base')
-    policy = AdaK(Allocators.load(run / 'allocator.safetensors', model.config))
-    s = train.run_settings(run)
-    _, _, texts = base_model(s, run)
-    tally = Counted(policy, 2)
-    model.hidden(texts[2].windows(64, 2048)[0], tally)
-    assert table['rows'][1]['prefill_mean_k'] == pytest.approx(tally.mean())
-    assert (table['B'], table['T'], table['K'], table['layers']) == (32, 64, 4, 2)
+    out, _ = smoke
+    flags = ['--run', str(out), '--out', str(tmp_path)]
+    bench.main(flags)
+    row = read_json(tmp_path / 'bench.json')['beside'][0]
+    results = read_json(out / 'results.json')
+    K = results['config']['top_k']
+    [learnt] = [r for r in results['rows'] if r['method'] == 'ada-k']
+    assert row['k_share'] == pytest.approx(learnt['mean_k'] / K, rel=0.01)
 
 
-@pytest.mark.parametrize('damage, says', [
-    (lambda run: (run / 'results.json').unlink(), 'results.json'),
-    (lambda run: (run / 'results.json').write_text('{"config": {"old": 1}}'), 'another version'),
-    (lambda run: (run / 'allocator.safetensors').write_bytes(b'x'), 'allocator.safetensors')])
-def test_damaged_runs_are_refused_in_one_line(damage, says, smoke, tmp_path, capsys):
-    run = tmp_path / 'run'
-    shutil.copytree(smoke[0], run)
-    damage(run)
-    assert says in refusal(capsys, 'bench.py', bench.main, '--run', run)
-
-
-@pytest.mark.parametrize(
-    'flag, new',
-    [
-        ('--frontier', 'study.frontier'),
-        ('--ablations=x', 'study.ablations'),
-        ('--analysis', 'study.analysis'),
-        ('--prompt', 'study.sample'),
-        ('--tasks', 'study.tasks'),
-    ],
-)
-def test_the_old_spellings_name_the_new_ones(flag, new, capsys):
-    line = refusal(capsys, 'bench.py', bench.main, flag, 'x')
-    assert flag.split('=')[0] in line and f'python -m {new}' in line
+@pytest.mark.parametrize('name', ['results.json', 'allocator.safetensors'])
+def test_a_run_that_is_damaged_is_refused_in_one_line(name, smoke, tmp_path, capsys):
+    out, _ = smoke
+    folder = tmp_path / 'run'
+    shutil.copytree(out, folder)
+    (folder / name).write_bytes(b'x')
+    typo = tmp_path / 'typo'
+    assert name in refusal(capsys, 'bench.py', bench.main, '--run', folder)
+    refusal(capsys, 'bench.py', bench.main, '--run', typo)
+    assert not typo.exists()

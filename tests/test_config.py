@@ -1,13 +1,14 @@
-"""config.json, the dtype of weights, tied heads, the Hugging Face cache: read as their makers mean them."""
-import os
+"""config.json, the dtype of weights, tied heads, which base it is, and where a checkpoint is."""
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from hub.checkpoint import find_checkpoint, load, weight_dtype
-from hub.config import from_hf, read_config
+from conftest import random_model, tiny_config
+from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
+from hub.config import from_hf, read_config, to_hf
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 
@@ -20,15 +21,13 @@ def changed(name, *left_out, **fields):
     return {key: value for key, value in hf.items() if key not in left_out}
 
 
-def copy_of(name, folder, **fields):
-    shutil.copytree(GOLDEN / name, folder)
-    write_json(folder / 'config.json', changed(name, **fields))
-    return folder
-
-
 @pytest.mark.parametrize('name, theta, eps', [
-    ('mixtral-1', 1e6, 1e-5), ('qwen2_moe-1', 1e4, 1e-6), ('qwen3_moe-1', 1e4, 1e-6), ('olmoe-1', 1e4, 1e-5),
-    ('deepseek-1', 1e4, 1e-6)])
+    ('mixtral-1', 1e6, 1e-5),
+    ('qwen2_moe-1', 1e4, 1e-6),
+    ('qwen3_moe-1', 1e4, 1e-6),
+    ('olmoe-1', 1e4, 1e-5),
+    ('deepseek-1', 1e4, 1e-6),
+])
 def test_what_is_missing_or_null_is_the_familys_own_default(name, theta, eps):
     missing = from_hf(changed(name, 'rope_parameters', 'rope_theta', 'rope_scaling', 'rms_norm_eps'))
     assert (missing.rope_theta, missing.norm_eps) == (theta, eps)
@@ -36,136 +35,137 @@ def test_what_is_missing_or_null_is_the_familys_own_default(name, theta, eps):
     assert null == missing
 
 
-@pytest.mark.parametrize('fields', [
-    dict(rope_scaling={'rope_type': 'default'}), dict(rope_scaling={'type': 'default'}),
-    dict(rope_scaling={'type': 'linear', 'factor': 1.0}), dict(sliding_window=None), dict(hidden_act='swish'),
-    dict(attention_bias=False), dict(clip_qkv=None), dict(quantization_config=None),
-    dict(head_dim=None), dict(eos_token_id=[2, 3]), dict(routed_scaling_factor=1.0)])
-def test_what_changes_nothing_is_accepted(fields):
-    assert from_hf(changed('mixtral-1', **fields)) == from_hf(changed('mixtral-1'))
+@pytest.mark.parametrize('field, value', [
+    ('rope_scaling', {'rope_type': 'default'}),
+    ('rope_scaling', {'type': 'default'}),
+    ('sliding_window', None),
+    ('hidden_act', 'swish'),
+    ('attention_bias', False),
+    ('clip_qkv', None),
+    ('quantization_config', None),
+    ('head_dim', None),
+    ('routed_scaling_factor', 1.0),
+])
+def test_what_changes_nothing_is_accepted(field, value):
+    assert from_hf(changed('mixtral-1', **{field: value})) == from_hf(changed('mixtral-1'))
 
 
-def test_a_window_is_the_longest_sequence():
-    assert from_hf(changed('mixtral-1', sliding_window=16)).max_len == 16
-    assert from_hf(changed('mixtral-1', sliding_window=10 ** 6)).max_len == 64
-    assert from_hf(changed('qwen2_moe-1', sliding_window=16, use_sliding_window=False)).max_len == 64
-    assert from_hf(changed('qwen2_moe-1', sliding_window=16, use_sliding_window=True)).max_len == 16
+@pytest.mark.parametrize('name, window, uses, longest', [
+    ('mixtral-1', 16, None, 16),
+    ('mixtral-1', 10 ** 6, None, 64),
+    ('qwen2_moe-1', 16, False, 64),
+    ('qwen2_moe-1', 16, True, 16),
+])
+def test_a_window_is_the_longest_sequence(name, window, uses, longest):
+    assert from_hf(changed(name, sliding_window=window, use_sliding_window=uses)).max_len == longest
 
 
-def test_eos_that_is_an_empty_list_is_none():
-    assert from_hf(changed('mixtral-1', eos_token_id=[])).eos is None
+def test_what_we_write_is_what_we_read():
+    config = tiny_config(tie=True)
+    assert from_hf(to_hf(config)) == config
 
 
 @pytest.mark.parametrize('field, value', [
-    ('rms_norm_eps', '1e-5'), ('bos_token_id', 1.5), ('eos_token_id', [2, 'x']), ('rope_theta', 0),
-    ('rope_theta', float('inf')), ('hidden_size', 32.0), ('vocab_size', True), ('head_dim', -8),
-    ('tie_word_embeddings', 'false'), ('num_key_value_heads', 3), ('max_position_embeddings', 0),
-    ('rope_parameters', []), ('rope_parameters', {'rope_theta': 'big'}), ('sliding_window', 'long'),
-    ('model_type', None), ('model_type', ['mixtral']), ('num_local_experts', None), ('hidden_act', 'gelu'),
-    ('quantization_config', {'bits': 4}), ('clip_qkv', 8.0), ('attention_bias', True), ('mlp_bias', True)])
+    ('rms_norm_eps', '1e-5'),
+    ('rms_norm_eps', float('nan')),
+    ('hidden_size', 32.0),
+    ('vocab_size', True),
+    ('vocab_size', 10 ** 30),
+    ('num_local_experts', 10 ** 6),
+    ('num_local_experts', '8'),
+    ('head_dim', 7),
+    ('tie_word_embeddings', 'false'),
+    ('num_key_value_heads', 3),
+    ('num_experts_per_tok', 5),
+    ('mlp_only_layers', ['x']),
+    ('mlp_only_layers', [0, 1]),
+    ('rope_parameters', {'rope_theta': 'big'}),
+    ('rope_parameters', {'rope_theta': float('inf')}),
+    ('rope_scaling', {'type': 'linear', 'factor': 2}),
+    ('sliding_window', 'long'),
+    ('model_type', None),
+    ('model_type', ['mixtral']),
+    ('hidden_act', 'gelu'),
+    ('quantization_config', {'bits': 4}),
+])
 def test_what_makes_no_sense_is_one_line_that_names_it(field, value, tmp_path):
     write_json(tmp_path / 'config.json', changed('mixtral-1', 'num_experts', **{field: value}))
     with pytest.raises(InputError) as error:
         read_config(tmp_path)
-    named = {'num_key_value_heads': 'key and value heads', 'rope_parameters': 'rope_'}
-    named = named.get(field, field[:-1])
-    assert named in str(error.value) and 'config.json' in str(error.value) and '\n' not in str(error.value)
+    line = str(error.value)
+    inner = {'rope_parameters': 'rope_theta', 'rope_scaling': 'type'}
+    assert inner.get(field, field) in line or 'do not go together' in line
+    assert 'config.json' in line and '\n' not in line
 
 
-# ---------------------------------------------------------------- weights
-
-@pytest.mark.parametrize('says', ['float32', 'torch.bfloat16', 'auto', None, 'bfloat16'])
-def test_the_dtype_is_that_of_the_weights_whatever_the_config_says(says, tmp_path):
-    folder = copy_of('mixtral-1', tmp_path / 'm', torch_dtype=says, dtype=says)
-    assert weight_dtype(folder) == torch.bfloat16
-
+# ================================================================ weights
 
 @pytest.mark.parametrize('dtype, read_as', [
-    (torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float64, torch.float32)])
-def test_other_dtypes_and_a_few_wider_tensors(dtype, read_as, tmp_path):
-    folder = copy_of('mixtral-1', tmp_path / 'm')
-    tensors, _ = read_safetensors(folder / 'model.safetensors')
-    tensors = {n: t.to(torch.float32 if 'norm' in n else dtype) for n, t in tensors.items()}
-    write_safetensors(folder / 'model.safetensors', tensors)
-    assert weight_dtype(folder) == read_as
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float32),
+])
+def test_the_dtype_is_that_of_the_largest_weights(dtype, read_as, tmp_path):
+    tensors, _ = read_safetensors(GOLDEN / 'mixtral-1/model.safetensors')
+    tensors = {name: t.to(torch.float32 if 'norm' in name else dtype) for name, t in tensors.items()}
+    assert weight_dtype(tmp_path) == torch.bfloat16            # no weights there yet
+    write_safetensors(tmp_path / 'model.safetensors', tensors)
+    assert weight_dtype(tmp_path) == read_as
 
 
-def test_before_the_weights_are_there_the_config_says_the_dtype(tmp_path):
-    names = {'torch.bfloat16': torch.bfloat16, 'float16': torch.float16, None: torch.float32}
-    for says, dtype in names.items():
-        write_json(tmp_path / 'config.json', changed('mixtral-1', 'dtype', torch_dtype=says))
-        assert weight_dtype(tmp_path) == dtype
+def test_a_head_that_is_tied_is_not_read_from_the_file(tmp_path):
+    golden = GOLDEN / 'qwen3_moe-tied'
+    folder = tmp_path / 'model'
+    shutil.copytree(golden, folder)
+    path = folder / 'model.safetensors'
+    tensors, _ = read_safetensors(path)
+    write_safetensors(path, {**tensors, 'lm_head.weight': torch.zeros(32, 32)})
+    tokens = torch.arange(8)[None]
+    assert torch.equal(load(folder)(tokens), load(golden)(tokens))
 
 
-@pytest.mark.parametrize('same', [True, False])
-def test_a_tied_head_in_the_file_must_be_the_embedding(same, tmp_path):
-    folder = copy_of('qwen3_moe-tied', tmp_path / 'm')
-    tensors, _ = read_safetensors(folder / 'model.safetensors')
-    head = tensors['model.embed_tokens.weight'].clone()
-    write_safetensors(folder / 'model.safetensors', {**tensors, 'lm_head.weight': head if same else head + 1})
-    if same:
-        tokens = torch.arange(8)[None]
-        assert torch.equal(load(folder)(tokens), load(GOLDEN / 'qwen3_moe-tied')(tokens))
-    else:
-        with pytest.raises(InputError, match='ties lm_head'):
-            load(folder)
+def test_the_digest_tells_another_base_and_no_other_precision(tmp_path):
+    model = random_model(tiny_config()).bfloat16()
+    save(model, tmp_path / 'bf16')
+    digest = base_digest(tmp_path / 'bf16')
+    save(model.float(), tmp_path / 'fp32')
+    assert base_digest(tmp_path / 'fp32') == digest
+    model.layers[1].mlp.w_out.data[2, 0, 3] += 1
+    save(model, tmp_path / 'another')
+    assert base_digest(tmp_path / 'another') != digest
 
 
-# ---------------------------------------------------------------- the cache
+# ================================================================ where a checkpoint is
 
-def snapshot(cache, name, age, complete):
-    folder = cache / 'models--mistralai--Mixtral-8x7B-v0.1/snapshots' / name
-    if complete:
-        shutil.copytree(GOLDEN / 'mixtral-1', folder)
-    else:                                                      # what `hf download X config.json` leaves
-        folder.mkdir(parents=True)
-        shutil.copy(GOLDEN / 'mixtral-1/config.json', folder)
-    os.utime(folder / 'config.json', (10 ** 9 - age, 10 ** 9 - age))
-    return folder
-
-
-def test_the_snapshot_of_refs_main_then_the_newest_complete_one(tmp_path, monkeypatch):
+def test_short_names_are_a_folder_here_then_the_snapshot_of_refs_main(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
-    config_only = snapshot(tmp_path, 'c', 0, complete=False)
-    assert find_checkpoint('mixtral-8x7b') == config_only      # its error then names the missing weights
-    old, new = snapshot(tmp_path, 'a', 20, True), snapshot(tmp_path, 'b', 10, True)
-    assert find_checkpoint('mixtral-8x7b') == new
-    refs = tmp_path / 'models--mistralai--Mixtral-8x7B-v0.1/refs'
-    refs.mkdir()
-    (refs / 'main').write_text('a\n')
-    assert find_checkpoint('mixtral-8x7b') == old == find_checkpoint('mixtral-8x7b', config_only=True)
-    (refs / 'main').write_text('c')
-    assert find_checkpoint('mixtral-8x7b') == new
-    here = tmp_path / 'checkpoints/mixtral-8x7b'
+    constants = pytest.importorskip('huggingface_hub.constants')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    with pytest.raises(InputError, match="get it with: hf download mistralai/Mixtral-8x7B-v0.1 --include '\*.json'"):
+        find_checkpoint('mixtral-8x7b')
+    place = tmp_path / 'cache/models--mistralai--Mixtral-8x7B-v0.1'
+    for name in ('a', 'b'):
+        shutil.copytree(GOLDEN / 'mixtral-1', place / 'snapshots' / name)
+    (place / 'refs').mkdir()
+    for name in ('a', 'b'):
+        (place / 'refs/main').write_text(name)
+        assert find_checkpoint('mixtral-8x7b') == place / 'snapshots' / name
+
+    here = Path('checkpoints/mixtral-8x7b')
     here.mkdir(parents=True)
     shutil.copy(GOLDEN / 'mixtral-1/config.json', here)
-    assert find_checkpoint('mixtral-8x7b') == new              # a config alone does not hide the weights
+    assert find_checkpoint('mixtral-8x7b', config_only=True) == here
+    # a config does not hide the weights
+    assert find_checkpoint('mixtral-8x7b') == place / 'snapshots/b'
+    shutil.copy(GOLDEN / 'mixtral-1/model.safetensors', here)
+    assert find_checkpoint('mixtral-8x7b') == here
+    assert find_checkpoint(str(here)) == here
+    with pytest.raises(InputError, match='not one of'):
+        find_checkpoint('gpt-9')
 
 
-@pytest.mark.parametrize('variables', [
-    {'HF_HUB_CACHE': '$PLACE/hub'}, {'HF_HOME': '~/cache'}, {'HF_HOME': '${PLACE}/cache'},
-    {'HUGGINGFACE_HUB_CACHE': '~/old'}, {'XDG_CACHE_HOME': '~/xdg'}, {}])
-def test_the_cache_is_where_huggingface_hub_looks(variables, tmp_path, monkeypatch):
+def test_without_huggingface_hub_the_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ('HF_HUB_CACHE', 'HF_HOME', 'HUGGINGFACE_HUB_CACHE', 'XDG_CACHE_HOME'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    monkeypatch.setenv('PLACE', str(tmp_path / 'place'))
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    place = {'HF_HUB_CACHE': 'place/hub', 'HUGGINGFACE_HUB_CACHE': 'home/old',
-             'XDG_CACHE_HOME': 'home/xdg/huggingface/hub'}
-    expected = {'~/cache': 'home/cache/hub', '${PLACE}/cache': 'place/cache/hub'}.get(
-        variables.get('HF_HOME'), place.get(next(iter(variables), ''), 'home/.cache/huggingface/hub'))
-    folder = snapshot(tmp_path / expected, 'a', 0, True)
-    assert find_checkpoint('mixtral-8x7b').resolve() == folder
-
-
-def test_no_home_folder_is_no_traceback(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ('HOME', 'HF_HOME', 'HF_HUB_CACHE'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, 'getuid', lambda: 10 ** 6)
-    with pytest.raises(InputError, match='neither in'):
-        find_checkpoint('mixtral-8x7b')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(InputError, match='get it with: hf download Qwen.*config.json'):
+        find_checkpoint('qwen1.5-moe', config_only=True)

@@ -12,20 +12,30 @@ import ppo
 import train
 from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP
 from conftest import tiny_config
-from model import Cache, Decoder, StaticCache, Transformer
-from run.evaluate import divergences, token_logp
+from model import Cache, Transformer
+from run.evaluate import evaluate
+from scale.graph import Captured, graph_decoder
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason='this torch has no CUDA compiled in')
 SIZES = dict(dim=64, head_dim=16, expert_dim=32, n_experts=8, top_k=2)
 FAMILIES = {
-    'mixtral': {}, 'qwen2_moe': dict(norm_topk=False, shared_dim=32, shared_gate=True, qkv_bias=True),
+    'mixtral': {},
+    'qwen2_moe': dict(norm_topk=False, shared_dim=32, shared_gate=True, qkv_bias=True),
     'deepseek': dict(norm_topk=False, shared_dim=32, dense_layers=(0,), dense_dim=64),
-    'olmoe': dict(norm_topk=False, qk_norm='all'), 'qwen3_moe': dict(qk_norm='head'), 'tied': dict(tie=True)}
+    'olmoe': dict(norm_topk=False, qk_norm='all'),
+    'qwen3_moe': dict(qk_norm='head'),
+    'tied': dict(tie=True),
+}
 POLICIES = {
-    'top-k': lambda c: None, 'static k': lambda c: TopK(3), 'random mix': lambda c: RandomMix(1.5),
-    'top-p': lambda c: TopP(0.6, c.n_experts), 'skip': lambda c: Skip(0.5, c.top_k),
-    'skip by layer': lambda c: Skip([0.5] * 3, c.top_k), 'ada-k': lambda c: ada_k(c, True),
-    'ada-k as published': lambda c: ada_k(c, False)}
+    'top-k': lambda c: None,
+    'static k': lambda c: TopK(3),
+    'random-mix': lambda c: RandomMix(1.5),
+    'top-p': lambda c: TopP(0.6, c.n_experts),
+    'skip': lambda c: Skip(0.5, c.top_k),
+    'skip, per layer': lambda c: Skip([0.5] * 3, c.top_k),
+    'ada-k': lambda c: AdaK(made(Allocators, c, 4, True)),
+    'published': lambda c: AdaK(made(Allocators, c, 4, False)),
+}
 
 
 def made(kind, *args, dtype=torch.float32):
@@ -36,10 +46,6 @@ def made(kind, *args, dtype=torch.float32):
             return kind(*args)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def ada_k(c, extended):
-    return AdaK(made(Allocators, c, 4, extended))
 
 
 @pytest.fixture(autouse=True)
@@ -61,17 +67,20 @@ def model_of(family, T=6):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_prefill_and_static_decoding_without_the_host(family, policy):
     model, tokens = model_of(family)
-    choose_k, c = POLICIES[policy](model.config), model.config
+    c = model.config
+    choose_k = POLICIES[policy](c)
     if choose_k:
         choose_k = Counted(choose_k, len(c.moe_layers), 'cuda')
     cache = Cache(c, 2, 10, 'cuda', torch.bfloat16)
     logits = model(tokens, choose_k, cache)
-    assert logits.shape == (2, 6, 50) and logits.device.type == 'cuda' and logits.dtype == torch.bfloat16
-    step = Decoder(model, choose_k, cache)
-    assert isinstance(step.cache, StaticCache) and step.capture
+    assert logits.shape == (2, 6, 50)
+    assert logits.device.type == 'cuda' and logits.dtype == torch.bfloat16
+    step = graph_decoder(model, choose_k, cache)
+    assert isinstance(step, Captured)
     for _ in range(2):                                         # the third would be captured
         out = step(logits[:, -1].argmax(-1, keepdim=True))
-        assert out.shape == (2, 50) and out.device.type == 'cuda' and out.dtype == torch.float32
+        assert out.shape == (2, 50)
+        assert out.device.type == 'cuda' and out.dtype == torch.float32
 
 
 def test_many_tokens_do_wait_for_the_host():
@@ -84,19 +93,19 @@ def test_many_tokens_do_wait_for_the_host():
 def test_rollout_reward_and_update(family, monkeypatch):
     monkeypatch.setattr(moe_dispatch, 'STATIC_TOKENS', 10 ** 6)
     model, tokens = model_of(family, 12)
-    c, L, P = model.config, len(model.config.moe_layers), 24
-    allocators = made(Allocators, c, 4, True)
-    s = train.Settings(group=2, ppo_batch=2, seq=12)
+    L = len(model.config.moe_layers)
+    allocators = made(Allocators, model.config, 4, True)
     for reward in ('expected', 'sampled'):
-        rollout = Rollout(allocators, torch.rand(L, 2 * P, device='cuda'))
-        found, of_topk = train.rollout_reward(train.replace(s, reward=reward), model, tokens, tokens, rollout)
-        assert found.shape == (2, P) and of_topk.shape == (P,) and found.device.type == 'cuda'
-        advantage = ppo.group_advantage(ppo.reward_to_go(found.view(2, 2, 12), 0.9).flatten(1))
-        assert advantage.device.type == 'cuda' and rollout.k.device.type == 'cuda'
+        s = train.Settings(group=2, ppo_batch=2, seq=12, reward=reward)
+        rollout = Rollout(allocators, torch.rand(L, 2 * 24, device='cuda'))
+        found, of_topk = train.rollout_reward(s, model, tokens, tokens, rollout)
+        assert found.shape == (2, 2, 12) and of_topk.shape == (2, 12)
+        advantage = ppo.group_advantage(ppo.reward_to_go(found, 0.9).flatten(1))
+        assert advantage.device.type == rollout.k.device.type == 'cuda'
 
 
-def test_losses_and_divergences():
+@pytest.mark.parametrize('expected', [False, True])
+def test_evaluation(expected):
     model, tokens = model_of('qwen2_moe')
-    assert token_logp(model, model.hidden(tokens), tokens).device.type == 'cuda'
-    [(nats, tally)] = divergences(model, (tokens, tokens, None), [Skip(0.5, 2)])
-    assert nats.shape == (12,) and tally.counts.device.type == 'cuda'
+    [(nats, tally)] = evaluate(model, (tokens, tokens, None), [Skip(0.5, 2)], expected)
+    assert nats.shape == (12,) and tally.counts.shape == (3, 3)

@@ -1,18 +1,25 @@
-"""study/tasks.py through lm-evaluation-harness, where it is installed, on tasks of our own."""
+"""study/tasks.py: what it makes of the harness's answers, and the harness itself where it is installed."""
 import json
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import study.tasks
 from allocator import AdaK, Counted
 from conftest import refusal
-from hub.checkpoint import load
+from hub.checkpoint import base_digest, load
 from hub.config import read_config
 from hub.tokenizer import Tokenizer
 
-lm_eval = pytest.importorskip('lm_eval')
-pytest.importorskip('transformers')
+transformers = pytest.importorskip('transformers')
+try:
+    import lm_eval
+except ImportError:
+    lm_eval = None
+with_harness = pytest.mark.skipif(lm_eval is None, reason='lm-eval is not installed')
 
 CHOOSE = '''output_type: multiple_choice
 doc_to_text: "{{question}}"
@@ -37,83 +44,137 @@ def task_file(folder, name, body, rows):
     return folder / f'{name}.yaml'
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
-        monkeypatch.setenv(name, '1')
+@pytest.fixture(scope='module', autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE'):
+            patch.setenv(name, '1')
+        yield
 
 
-@pytest.fixture(scope='module')
-def done(smoke, tmp_path_factory):
-    """(folder with tasks.json, questions, the policy of the run) after tasks of both kinds."""
-    out = tmp_path_factory.mktemp('tasks')
-    questions = [{'question': ' '.join(WORDS[(i + j) % 12] for j in range(n)), 'answer': i % 3,
-                  'choices': [WORDS[i % 12], 'the', 'x'][:3]} for i, n in enumerate([1, 5, 2, 9, 3, 7] * 3)]
-    files = (task_file(out, 'choose', CHOOSE, questions),
-             task_file(out, 'write', WRITE, [{**q, 'answer': 'x'} for q in questions]))
-    study.tasks.main([','.join(map(str, files)), '--run', str(smoke[0]), '--out', str(out), '--batch', '3'])
-    return out, questions, AdaK.of_run(smoke[0], read_config(smoke[0] / 'base'), 'cpu')
+# ================================================================ without the harness
 
+def test_metrics_of_any_kind_reach_the_file_and_the_table(smoke, tmp_path, monkeypatch, capsys):
+    base = smoke[0] / 'base'
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, experts_implementation='grouped_mm')
+    ids = torch.tensor([[5, 6, 7, 8]])
+    metrics = {
+        'alias': 'odd',
+        'acc,none': np.float32(0.5),
+        'acc_stderr,none': np.float32(0.25),
+        'n,none': 3,
+        'f1,all': {'a': 1},
+        'list,none': [1, 2],
+        'text,none': 'two\nlines',
+        'none,none': None,
+        'none_stderr,none': 'N/A',
+    }
 
-def rows_of(done):
-    return {(r['task'], r['policy']): r for r in json.loads((done[0] / 'tasks.json').read_text())['rows']}
-
-
-def test_top_k_is_what_the_harness_itself_says(done, smoke, offline):
-    own = lm_eval.simple_evaluate(
-        'hf', model_args={'pretrained': str(smoke[0] / 'base'), 'dtype': 'auto'}, device='cpu', batch_size=3,
-        tasks=[str(done[0] / 'choose.yaml')], task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-        log_samples=False)
-    assert rows_of(done)['choose', 'top-k']['value'] == own['results']['choose']['acc,none']
-    assert rows_of(done)['choose', 'top-k']['mean_k'] == 4 and rows_of(done)['write', 'top-k']['mean_k'] == 4
-
-
-def test_the_policy_scores_and_counts_as_our_own_model_does(done, smoke):
-    _, questions, policy = done
-    model, tokenizer = load(smoke[0] / 'base'), Tokenizer(smoke[0] / 'base')
-    counted, hits, seen = Counted(policy, 2), [], set()
-    for q in questions:
-        scores, context = [], tokenizer.encode(q['question'])
-        for choice in q['choices']:
-            ids = tokenizer.encode(f'{q["question"]} {choice}')
-            logits = model(torch.tensor([ids[:-1]]), policy)[0].log_softmax(-1)              # (T,V)
-            scores.append(sum(logits[t - 1, ids[t]].item() for t in range(len(context), len(ids))))
-            if tuple(ids[:-1]) not in seen:                    # the harness runs equal texts once
-                seen.add(tuple(ids[:-1]))
-                model.hidden(torch.tensor([ids[:-1]]), counted)
-        hits.append(max(range(3), key=scores.__getitem__) == q['answer'])
-    row = rows_of(done)['choose', 'ada-k']
-    assert row['value'] == pytest.approx(sum(hits) / len(hits))
-    assert row['mean_k'] == pytest.approx(counted.mean(), rel=1e-6)        # padding is not counted
-    assert row['expert_flops'] == pytest.approx(row['mean_k'] / 4) and 0 < row['total_flops'] < 1.2
-    assert 1 <= rows_of(done)['write', 'ada-k']['mean_k'] <= 8
-
-
-def test_limit_shots_and_a_policy_by_name(smoke, tmp_path, capsys):
-    questions = [{'question': w, 'choices': ['on', 'up'], 'answer': 0} for w in WORDS]
-    file = task_file(tmp_path, 'few', CHOOSE + 'fewshot_split: test\n', questions)
-    study.tasks.main([str(file), '--ckpt', str(smoke[0] / 'base'), '--policy', 'skip=0.6', '--limit', '3',
-                      '--shots', '2', '--out', str(tmp_path)])
-    top, skip = json.loads((tmp_path / 'tasks.json').read_text())['rows']
-    assert (top['policy'], top['shots'], top['mean_k']) == ('top-k', 2, 4)
-    assert skip['policy'] == 'skip=0.6' and skip['mean_k'] < 4
-    assert '| task | shots | metric | top-k | skip=0.6 |' in capsys.readouterr().out
+    def simple_evaluate(lm, **how):
+        lm.model(ids)
+        return {'results': {'odd': metrics}, 'n-shot': {'odd': 2}}
+    monkeypatch.setitem(sys.modules, 'lm_eval', SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(sys.modules, 'lm_eval.tasks', SimpleNamespace(TaskManager=lambda **how: None))
+    monkeypatch.setattr(study.tasks, 'open_model', lambda *how: SimpleNamespace(model=model))
+    study.tasks.main(['odd', '--run', str(smoke[0]), '--out', str(tmp_path)])
+    rows = json.loads((tmp_path / 'tasks.json').read_text())['rows']
+    values = {row['metric']: row['value'] for row in rows}
+    assert values == {
+        'acc,none': 0.5,
+        'n,none': 3.0,
+        'f1,all': "{'a': 1}",
+        'list,none': '[1, 2]',
+        'text,none': 'two lines',
+        'none,none': 'None',
+    }
+    printed = capsys.readouterr().out
+    assert '| acc,none | top-k | 0.5000 | 0.2500 | 4 |' in printed
+    assert '| odd | 2 | list,none | ada-k | [1, 2] |' in printed
+    policy = AdaK.of_run(smoke[0], read_config(base), base_digest(base), 'cpu')
+    counted = Counted(policy, 2)
+    load(base).hidden(ids, counted)
+    assert rows[-1]['mean_k'] == pytest.approx(counted.mean())
+    assert not hasattr(model, '_ada_k')
 
 
 @pytest.mark.parametrize('args, says', [
-    (['no_such_task.yaml'], 'no_such_task.yaml'), (['broken.yaml'], 'broken.yaml'),
-    (['lost.yaml'], 'lost.yaml'),
-    (['x.yaml', '--limit', '0'], 'limit is 0'), (['x.yaml', '--shots', '-1'], 'shots is -1'),
-    (['x.yaml', '--policy', 'k=99'], 'k=99'), (['x.yaml', '--device', 'tpu9'], 'tasks: '),
-    (['x.yaml', '--batch', '0'], 'batch is 0')])
-def test_what_cannot_be_run_is_one_line(args, says, smoke, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'broken.yaml').write_text('task: [')
-    task_file(tmp_path, 'lost', CHOOSE, [])
-    (tmp_path / 'lost.jsonl').unlink()
-    line = refusal(capsys, 'study.tasks', study.tasks.main, *args, '--run', smoke[0], '--out', tmp_path / 'o')
-    assert says in line and not (tmp_path / 'o/tasks.json').exists()
+    (['--limit', '-1'], '--limit'),
+    (['--shots', '-1'], '--shots'),
+    (['--policy', 'k=99'], 'k=99'),
+    (['--ckpt', 'gpt-9'], 'gpt-9'),
+    (['--run', ''], 'give --ckpt'),
+    (['--device', 'abacus'], 'pip install lm-eval'),
+])
+def test_what_does_not_work_is_one_line(args, says, smoke, tmp_path, capsys):
+    args = '--run', smoke[0], '--out', tmp_path, *args
+    assert says in refusal(capsys, 'study.tasks', study.tasks.main, 'x.yaml', *args)
+    assert not (tmp_path / 'tasks.json').exists()
 
 
-def test_neither_a_run_nor_a_checkpoint(capsys):
-    assert 'give --ckpt' in refusal(capsys, 'study.tasks', study.tasks.main, 'x.yaml')
+# ================================================================ with it
+
+@pytest.fixture(scope='module')
+def done(smoke, tmp_path_factory):
+    """({(task, policy): row}, the file of a task, its questions) after tasks of both kinds."""
+    out = tmp_path_factory.mktemp('tasks')
+    questions = []
+    for i, n in enumerate([1, 5, 2, 9, 3, 7] * 3):
+        words = (WORDS * 2)[i % 12:][:n]
+        questions.append({
+            'question': ' '.join(words),
+            'answer': i % 3,
+            'choices': [words[0], 'the', 'x'],
+        })
+    written = [{**q, 'answer': 'x'} for q in questions]
+    choose = task_file(out, 'choose', CHOOSE, questions)
+    write = task_file(out, 'write', WRITE, written)
+    study.tasks.main([f'{choose},{write}', '--run', str(smoke[0]), '--out', str(out)])
+    rows = json.loads((out / 'tasks.json').read_text())['rows']
+    return {(row['task'], row['policy']): row for row in rows}, choose, questions
+
+
+@with_harness
+def test_top_k_is_what_the_harness_itself_says(done, smoke):
+    rows, choose, _ = done
+    own = lm_eval.simple_evaluate(
+        'hf',
+        model_args={'pretrained': str(smoke[0] / 'base'), 'dtype': 'auto'},
+        device='cpu',
+        batch_size=1,
+        tasks=[str(choose)],
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+        log_samples=False,
+    )
+    row = rows['choose', 'top-k']
+    assert row['value'] == own['results']['choose']['acc,none']
+    assert row['mean_k'] == 4
+
+
+@with_harness
+def test_the_policy_scores_and_counts_as_our_own_model_does(done, smoke):
+    rows, _, questions = done
+    base = smoke[0] / 'base'
+    model = load(base)
+    tokenizer = Tokenizer(base)
+    policy = AdaK.of_run(smoke[0], model.config, base_digest(base), 'cpu')
+    counted = Counted(policy, 2)
+    hits = []
+    seen = set()
+    for q in questions:
+        scores = []
+        context = tokenizer.encode(q['question'])
+        for choice in q['choices']:
+            ids = tokenizer.encode(f'{q["question"]} {choice}')
+            tokens = torch.tensor([ids[:-1]])
+            logp = model(tokens, policy)[0].log_softmax(-1)                 # (T,V)
+            first = len(context)
+            said = logp[range(first - 1, len(ids) - 1), ids[first:]]
+            scores.append(said.sum().item())
+            if tuple(ids[:-1]) not in seen:                    # the harness runs equal texts once
+                seen.add(tuple(ids[:-1]))
+                model.hidden(tokens, counted)
+        hits.append(scores.index(max(scores)) == q['answer'])
+    row = rows['choose', 'ada-k']
+    assert row['value'] == pytest.approx(sum(hits) / len(hits))
+    assert row['mean_k'] == pytest.approx(counted.mean(), rel=1e-6)        # padding is not counted
+    assert 1 <= rows['write', 'ada-k']['mean_k'] <= 8

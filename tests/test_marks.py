@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 import unicodedata
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,102 +14,105 @@ from hub.files import write_json
 from hub.tokenizer import Tokenizer
 from model import generate
 from run.evaluate import bits_per_byte
-from study.classes import prose_classes, python_classes, token_classes
-from test_tokenizer import GOLDEN, tokenizer_of
+from study.analysis import token_classes
+from test_tokenizer import FOLDER, file_of, tokenizer_of
 
-TOKENIZERS = Path(__file__).parent / 'golden'
-
-
-# ---------------------------------------------------------------- 12, 13 what marks a text
-
-PLAIN = {**GOLDEN['cases'][0]['hf'], 'pre_tokenizer': None, 'normalizer': None,
-         'model': GOLDEN['models']['unk']}
-BOS, EOS, END = 260, 261, 262
-ADDED = [{'id': i, 'content': c, 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
-          'normalized': False} for i, c in ((BOS, '<s>'), (EOS, '</s>'), (END, '<|end|>'))]
-ADDS_BOS = {'type': 'TemplateProcessing', 'pair': [],
-            'special_tokens': {'<s>': {'id': '<s>', 'ids': [BOS], 'tokens': []}},
-            'single': [{'SpecialToken': {'id': '<s>', 'type_id': 0}},
-                       {'Sequence': {'id': 'A', 'type_id': 0}}]}
+TOKENIZERS = sorted(FOLDER.glob('tokenizer-*'))
+BOS, EOS, END = 380, 381, 382           # <s>, </s>, <|x|> of the golden pipelines
 
 
-@pytest.mark.parametrize('post, files, front, eos, stops', [
-    (None, dict(config={'bos_token_id': BOS, 'eos_token_id': EOS}), [], EOS, {EOS}),
-    (ADDS_BOS, dict(config={'bos_token_id': None}), [BOS], None, set()),
-    (None, dict(tokenizer_config={'bos_token': '<s>', 'add_bos_token': True}), [BOS], None, set()),
-    (None, dict(tokenizer_config={'bos_token': {'content': '<s>'}, 'add_bos_token': True}), [BOS], None,
-     set()),
-    (None, dict(tokenizer_config={'bos_token': '<s>', 'add_bos_token': False}), [], None, set()),
-    (None, dict(config={'eos_token_id': EOS}, generation_config={'eos_token_id': [END, EOS]}), [], END,
-     {END, EOS}),
-    (None, dict(config={'eos_token_id': [EOS, END]}), [], EOS, {EOS, END}),
-    (None, dict(config={'eos_token_id': EOS}, tokenizer_config={'eos_token': '<|end|>'}), [], END, {EOS}),
-    (None, dict(tokenizer_config={'eos_token': '</s>'}), [], EOS, {EOS}),
-    (None, dict(config={'eos_token_id': []}, generation_config={'eos_token_id': None}), [], None, set())])
-def test_one_place_decides_what_marks_a_text(post, files, front, eos, stops, tmp_path):
-    t = tokenizer_of(tmp_path, {**PLAIN, 'added_tokens': ADDED, 'post_processor': post}, **files)
-    assert (t.front, t.eos, t.stops) == (front, eos, stops)
+# ---------------------------------------------------------------- what marks a text
+
+def ours(bos, add):
+    return {'tokenizer_config': {'bos_token': bos, 'add_bos_token': add}}
+
+
+def ends(config, generation=None, token=None):
+    return {
+        'config': {'eos_token_id': config, 'bos_token_id': BOS},
+        'generation_config': {'eos_token_id': generation},
+        'tokenizer_config': {'eos_token': token},
+    }
+
+
+@pytest.mark.parametrize('files, front, eos, stops', [
+    (ours('<s>', True), [BOS], None, set()),
+    (ours({'content': '<s>'}, True), [BOS], None, set()),
+    (ours('<s>', False), [], None, set()),
+    (ends(EOS), [], EOS, {EOS}),
+    (ends(EOS, generation=[END, EOS]), [], END, {END, EOS}),
+    (ends(EOS, token='<|x|>'), [], END, {EOS}),
+    (ends(None, token='</s>'), [], EOS, {EOS}),
+    (ends([]), [], None, set()),
+])
+def test_one_place_decides_what_marks_a_text(files, front, eos, stops, tmp_path):
+    t = tokenizer_of(tmp_path, file_of('Qwen'), **files)
+    assert t.front == front
+    assert t.eos == eos
+    assert t.stops == stops
     behind = [] if eos is None else [eos]
-    assert t.document('▁the') == front + t.encode('▁the') + behind
+    assert t.document('the</s>') == front + t.encode('the</s>') + behind
+    assert EOS not in t.encode('the</s>')
     assert t.prompt('a</s>')[-1] == EOS
-    assert EOS not in t.encode('a</s>') and EOS not in t.document('a</s>')[:-1]
 
 
 def test_bos_and_eos_count_no_byte(tmp_path):
-    t = tokenizer_of(tmp_path, {**PLAIN, 'added_tokens': ADDED, 'post_processor': ADDS_BOS},
-                     config={'eos_token_id': EOS})
-    ids = torch.tensor([t.document('▁the')])
-    n_bytes = len('▁the'.encode())
+    t = tokenizer_of(tmp_path, file_of('DeepSeek-V3'), config={'eos_token_id': EOS})
+    ids = torch.tensor([t.document('größe')])
+    assert ids[0, 0] == BOS
+    assert ids[0, -1] == EOS
+    n_bytes = len('größe'.encode())
     assert bits_per_byte(n_bytes * math.log(2), (None, ids), t) == pytest.approx(1)
 
 
 def test_generation_stops_at_every_eos(smoke, tmp_path, capsys):
-    shutil.copytree(smoke[0], tmp_path / 'run')
-    flags = ['--run', str(tmp_path / 'run'), '--prompt', 'def', '--policy', 'top-k', '--tokens', '12']
+    run = tmp_path / 'run'
+    shutil.copytree(smoke[0], run)
+    flags = ['--run', str(run), '--prompt', 'def', '--policy', 'top-k', '--tokens', '12']
     study.sample.main(flags)
     whole = capsys.readouterr().out
-    tokenizer = Tokenizer(tmp_path / 'run/base')
-    ids = tokenizer.prompt('def')
-    written = generate(load(tmp_path / 'run/base'), torch.tensor([ids]), 12, None)[0, len(ids):].tolist()
-    write_json(tmp_path / 'run/base/generation_config.json', {'eos_token_id': [1, written[3]]})
+    ids = Tokenizer(run / 'base').prompt('def')
+    written = generate(load(run / 'base'), torch.tensor([ids]), 12)[0, len(ids):].tolist()
+    write_json(run / 'base/generation_config.json', {'eos_token_id': [1, written[3]]})
     study.sample.main(flags)
-    n = written.index(written[3])
-    assert f'--- {n} tokens' in capsys.readouterr().out and '--- 12 tokens' in whole
+    assert '--- 12 tokens' in whole
+    assert f'--- {written.index(written[3])} tokens' in capsys.readouterr().out
 
 
 def test_a_token_beyond_the_embedding_is_one_line(smoke, tmp_path, capsys):
-    shutil.copytree(smoke[0], tmp_path / 'run')
-    path = tmp_path / 'run/base/tokenizer.json'
+    run = tmp_path / 'run'
+    shutil.copytree(smoke[0], run)
+    path = run / 'base/tokenizer.json'
     hf = json.loads(path.read_text())
-    more = [{**hf['added_tokens'][0], 'id': 320 + i, 'content': f'<{i}>'} for i in range(3)]
-    path.write_text(json.dumps({**hf, 'added_tokens': hf['added_tokens'] + more}))
-    line = refusal(capsys, 'sample', study.sample.main, '--run', tmp_path / 'run', '--policy', 'top-k',
-                   '--prompt', 'a<2>')
+    hf['added_tokens'] += [{**hf['added_tokens'][0], 'content': f'<{i}>'} for i in range(3)]
+    path.write_text(json.dumps(hf))
+    flags = ['--run', run, '--policy', 'top-k', '--prompt', 'a<2>']
+    line = refusal(capsys, 'sample', study.sample.main, *flags)
     assert 'the tokenizer gives id 322, the model has only 320 tokens' in line
-    line = refusal(capsys, 'sample', study.sample.main, '--run', tmp_path / 'run', '--policy', 'top-k',
-                   '--prompt', 'def ' * 2000, '--tokens', '5')
-    assert 'reads at most 2048' in line
 
 
-# ---------------------------------------------------------------- 15, 22 tokens and their text
+# ---------------------------------------------------------------- tokens and their text
 
-@pytest.mark.parametrize('name', sorted(p.name for p in TOKENIZERS.glob('tokenizer-*')))
-def test_classes_follow_the_text_as_the_tokenizer_sees_it(name):
-    source = 'x = 1  # e\u0301 größe\nprint("ﬁ")\n'
-    tokenizer = Tokenizer(TOKENIZERS / name)
-    ids = tokenizer.document(source)
-    for classes_of in (python_classes, prose_classes):
-        assert len(token_classes(tokenizer, ids, classes_of)) == len(ids)
-    texts = (tokenizer.decode([i]).strip() for i in ids)
-    seen = dict(zip(texts, token_classes(tokenizer, ids, python_classes)))
-    assert seen['x'] == 'identifier' and seen['1'] == 'number' and seen['#'] == 'comment, docstring'
+@pytest.mark.parametrize('folder', TOKENIZERS, ids=lambda folder: folder.name)
+def test_classes_follow_the_text_as_the_tokenizer_sees_it(folder):
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.document('x = 1  # e\u0301 größe\nprint("ﬁ")\n')
+    classes = token_classes(tokenizer, ids)
+    assert len(classes) == len(ids)
+    seen = {tokenizer.decode([i]).strip(): name for i, name in zip(ids, classes)}
+    assert seen['x'] == 'content word'
+    assert seen['1'] == 'number'
+    assert seen['#'] == 'operator, punctuation'
 
 
-@pytest.mark.parametrize('name', sorted(p.name for p in TOKENIZERS.glob('tokenizer-*')))
+@pytest.mark.parametrize('folder', TOKENIZERS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize('text', [
-    ' ' * 10 ** 6, ' ' * 10 ** 6 + 'end', '\t \n' * 50_000, 'x' * 200_000, '\n' * 100_000])
-def test_a_million_in_a_row_is_read(name, text):
-    tokenizer = Tokenizer(TOKENIZERS / name)
-    ids, few = tokenizer.encode(text), tokenizer.encode(text[:4800])
-    spelt = ''.join(tokenizer.stream(ids))
-    assert spelt == unicodedata.normalize('NFC', text) and ids[:100] == few[:100]
+    ' ' * 10 ** 6 + 'end',
+    ' \n' * 50_000,
+    'x' * 100_000,
+])
+def test_a_million_in_a_row_is_read(folder, text):
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == unicodedata.normalize('NFC', text)
+    assert ids[:100] == tokenizer.encode(text[:4800])[:100]

@@ -11,53 +11,49 @@ import torch
 
 import train
 from allocator import Allocators
-from conftest import python_train, random_model, refusal
-from hub.checkpoint import hub_tensors, load
-from hub.config import from_hf
+from base.frozen import base_model
+from conftest import random_model, refusal
+from hub.checkpoint import base_digest, hub_tensors
+from hub.config import from_hf, read_config
 from hub.files import write_json
 from hub.safetensors import write_safetensors
-from base.frozen import base_model
 from run.rules import SkipFamilies
 from run.start import new_allocators
 
 GOLDEN = Path(__file__).parent / 'golden'
+WRITTEN = {'base', 'allocator.safetensors', 'log.csv', 'results.json', 'training.png', '.ada-k'}
+
 
 def test_smoke_writes_what_it_promises(smoke):
     out, printed = smoke
-    assert {p.name for p in out.iterdir()} == {
-        'base',
-        'allocator.safetensors',
-        'log.csv',
-        'results.json',
-        'training.png',
-        'layers.png',
-    }
-    assert (out / 'training.png').read_bytes()[:4] == (out / 'layers.png').read_bytes()[:4] == b'\x89PNG'
+    assert {p.name for p in out.iterdir()} == WRITTEN
+    assert (out / 'training.png').read_bytes()[:4] == b'\x89PNG'
     results = json.loads((out / 'results.json').read_text())
     assert set(results) >= {'run', 'seed', 'config', 'seconds', 'rows'}
     rows = {row['method']: row for row in results['rows']}
     assert list(rows) == ['top-k', 'ada-k', 'random-mix', 'top-p', 'skip']
-    assert rows['top-k']['delta'] == rows['top-k']['delta_se'] == 0 and rows['top-k']['mean_k'] == 4
+    assert rows['top-k']['delta'] == rows['top-k']['delta_se'] == 0
+    assert rows['top-k']['mean_k'] == 4
     for name, row in rows.items():
         assert f'| {name} | {row["loss"]:.4f} |' in printed
-        assert (
-            row['expert_flops'] == pytest.approx(row['mean_k'] / 4)
-            and abs(sum(row['k_histogram']) - 1) < 1e-6
-        )
+        assert row['expert_flops'] == pytest.approx(row['mean_k'] / 4)
+        assert sum(row['k_histogram']) == pytest.approx(1)
         assert row['mean_k'] == pytest.approx(np.mean(row['mean_k_by_layer']))
         assert row['mean_k'] == pytest.approx(np.dot(row['k_histogram'], range(len(row['k_histogram']))))
         assert row['delta'] == pytest.approx(row['loss'] - rows['top-k']['loss'], abs=1e-9)
     for name in ('random-mix', 'top-p', 'skip'):
         assert abs(rows[name]['mean_k'] - rows['ada-k']['mean_k']) < 0.15
     log = list(csv.DictReader((out / 'log.csv').open()))
-    assert len(log) == 12 and all(np.isfinite(float(row['loss'])) for row in log)
+    assert len(log) == 12
+    assert all(np.isfinite(float(row['loss'])) for row in log)
 
 
-def test_second_run_reuses_the_base_and_gives_the_same_results(smoke):
-    out, _ = smoke
+def test_second_run_reuses_the_base_and_gives_the_same_results(smoke, tmp_path, capsys):
+    out = tmp_path / 'run'
+    shutil.copytree(smoke[0], out)
     before = (out / 'base/model.safetensors').read_bytes(), json.loads((out / 'results.json').read_text())
-    done = python_train('--preset', 'smoke', '--out', out)
-    assert done.returncode == 0 and 'used again' in done.stdout
+    train.main(['--preset', 'smoke', '--out', str(out)])
+    assert 'used again' in capsys.readouterr().out
     after = (out / 'base/model.safetensors').read_bytes(), json.loads((out / 'results.json').read_text())
     assert before[0] == after[0] and before[1]['rows'] == after[1]['rows']
 
@@ -79,119 +75,77 @@ def test_the_published_recipe_runs_on_a_finished_base(smoke, tmp_path):
     out, _ = smoke
     train.main(['--preset', 'smoke', '--paper', '--ckpt', str(out / 'base'), '--out', str(tmp_path)])
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['allocator_params'] == 2 * 32 * 8 and results['config']['lam'] == 3e-3  # L*C*N
+    assert results['allocator_params'] == 2 * 32 * 8 and results['config']['price'] == 3e-3         # L*C*N
     assert not (tmp_path / 'base').exists()
-
-
-def test_interrupt_during_ppo_saves_the_allocators(smoke, tmp_path, monkeypatch, capsys):
-    calls, real = [], train.ppo.ppo_loss
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) > 7:
-            raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(train.ppo, 'ppo_loss', interrupted)
-    with pytest.raises(SystemExit) as exit:
-        train.main(['--preset', 'smoke', '--ckpt', str(smoke[0] / 'base'), '--out', str(tmp_path)])
-    assert exit.value.code == 130 and 'interrupted after 2 of 12' in capsys.readouterr().out
-    assert (
-        Allocators.load(tmp_path / 'allocator.safetensors', load(smoke[0] / 'base').config).weight.abs().sum()
-        > 0
-    )
 
 
 # ---------------------------------------------------------------- wrong inputs
 
-@pytest.mark.parametrize(
-    'args, says',
-    [
-        (['--preset', 'huge'], 'huge'),
-        (['--budget', 'x'], '--budget'),
-        (['--budget', '0'], '--budget 0.0'),
-        (['--budget', '1.5'], 'at most 1'),
-        (['--budget', '0.1'], 'at least 0.25'),
-        (['--budget', 'nan'], '--budget'),
-        (['--lam', '-1'], '--lam'),
-        (['--discount', '1.1'], '--discount 1.1'),
-        (['--discount', 'nan'], '0..1'),
-        (['--lam', 'inf'], '--lam'),
-        (['--budget', '.7', '--lam', '1'], 'not both'),
-        (['--seed', '1.5'], '--seed'),
-        (['--seed', '-1'], '--seed'),
-        (['--device', 'abacus'], '--device abacus'),
-        (['--nonsense'], '--nonsense'),
-        (['--data', '/no/such/file'], '/no/such/file'),
-        (['--ckpt', '/no/such'], '/no/such'),
-    ],
-)
+@pytest.mark.parametrize('args, says', [
+    (['--preset', 'huge'], 'huge'),
+    (['--budget', 'x'], '--budget'),
+    (['--budget', '0'], '--budget 0.0'),
+    (['--budget', '1.5'], 'at most 1'),
+    (['--budget', '0.1'], 'at least 0.25'),
+    (['--budget', 'nan'], '--budget'),
+    (['--price', '-1'], '--price'),
+    (['--price', 'inf'], '--price'),
+    (['--budget', '.7', '--price', '1'], 'not allowed with'),
+    (['--seed', '1.5'], '--seed'),
+    (['--seed', '-1'], '--seed'),
+    (['--seq', '0'], '1 or more'),
+    (['--ppo-steps', '-3'], '1 or more'),
+    (['--device', 'abacus'], '--device abacus'),
+    (['--nonsense'], '--nonsense'),
+    (['--stream'], '--ckpt'),
+    (['--fresh', '--resume'], '--fresh learns a base'),
+    (['--data', '/no/such/file'], '/no/such/file'),
+    (['--ckpt', '/no/such'], '/no/such'),
+])
 def test_wrong_flags_are_refused_in_one_line(args, says, capsys, tmp_path):
-    assert says in refusal(
-        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', tmp_path / 'run', *args
-    )
+    flags = '--preset', 'smoke', '--out', tmp_path / 'run'
+    assert says in refusal(capsys, 'train.py', train.main, *flags, *args)
 
 
-def test_wrong_text_is_refused_and_nothing_is_harmed(capsys, tmp_path):
-    empty = tmp_path / 'empty'
-    empty.mkdir()
-    assert 'no text' in refusal(
-        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', tmp_path / 'a', '--data', empty
-    )
-    (empty / 'x.txt').write_text('  \n')
-    assert 'no text' in refusal(
-        capsys,
-        'train.py',
-        train.main,
-        '--preset',
-        'smoke',
-        '--out',
-        tmp_path / 'a',
-        '--data',
-        empty / 'x.txt',
-    )
-    (empty / 'x.txt').write_text('too short for anything')
-    assert 'too short' in refusal(
-        capsys,
-        'train.py',
-        train.main,
-        '--preset',
-        'smoke',
-        '--out',
-        tmp_path / 'a',
-        '--data',
-        empty / 'x.txt',
-    )
+@pytest.mark.parametrize('text, says', [
+    (None, 'no .txt'),
+    ('  \n', 'sequences of'),
+    ('short', 'sequences of'),
+])
+def test_wrong_text_is_refused(text, says, capsys, tmp_path):
+    data = tmp_path / 'data'
+    data.mkdir()
+    if text is not None:
+        (data / 'x.txt').write_text(text)
+    flags = '--preset', 'smoke', '--out', tmp_path / 'a', '--data', data
+    assert says in refusal(capsys, 'train.py', train.main, *flags)
 
 
 def test_unwritable_out_is_refused(capsys, tmp_path):
     (tmp_path / 'file').write_text('here first')
-    assert 'cannot write' in refusal(
-        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', tmp_path / 'file' / 'run'
-    )
+    flags = '--preset', 'smoke', '--out', tmp_path / 'file' / 'run'
+    assert 'cannot write' in refusal(capsys, 'train.py', train.main, *flags)
     assert (tmp_path / 'file').read_text() == 'here first'
 
 
+def test_files_of_others_are_not_overwritten(capsys, tmp_path):
+    (tmp_path / 'results.json').write_text('mine')
+    flags = '--preset', 'smoke', '--out', tmp_path
+    assert 'not written by this program' in refusal(capsys, 'train.py', train.main, *flags)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['mine']
+
+
 def test_a_base_of_other_settings_is_not_overwritten(smoke, capsys, tmp_path):
-    digest = lambda: hashlib.sha256((smoke[0] / 'base/model.safetensors').read_bytes()).digest()
+    def digest():
+        return hashlib.sha256((smoke[0] / 'base/model.safetensors').read_bytes()).digest()
     before = digest()
     (tmp_path / 'x.txt').write_text('other text. ' * 20000)
-    assert 'another text' in refusal(
-        capsys, 'train.py', train.main, '--preset', 'smoke', '--out', smoke[0], '--data', tmp_path / 'x.txt'
-    )
+    flags = '--preset', 'smoke', '--out', smoke[0], '--data', tmp_path / 'x.txt'
+    assert 'another text' in refusal(capsys, 'train.py', train.main, *flags)
     assert digest() == before
 
 
 # ---------------------------------------------------------------- the pipeline on loaded checkpoints
-
-def checkpoint(folder, hf, tokenizer, dtype):
-    """A random model of a hub config with one of the golden tokenizers, written as the hub has it."""
-    torch.manual_seed(0)
-    shutil.copytree(GOLDEN / tokenizer, folder)
-    config = from_hf(hf)
-    model = random_model(config).to(dtype)
-    write_safetensors(folder / 'model.safetensors', hub_tensors(model))
-    write_json(folder / 'config.json', {**hf, 'torch_dtype': str(dtype).removeprefix('torch.')})
-
 
 SIZES = dict(
     hidden_size=32,
@@ -203,70 +157,34 @@ SIZES = dict(
     max_position_embeddings=256,
     bos_token_id=None,
     eos_token_id=451,
+    moe_intermediate_size=16,
+    intermediate_size=48,
+    num_experts_per_tok=4,
 )
-CHECKPOINTS = {
-    'deepseek': (
-        dict(
-            SIZES,
-            model_type='deepseek',
-            moe_intermediate_size=16,
-            intermediate_size=48,
-            n_routed_experts=8,
-            num_experts_per_tok=4,
-            n_shared_experts=2,
-            first_k_dense_replace=1,
-        ),
-        'tokenizer-deepseek',
-        torch.float32,
-    ),
-    'qwen2_moe in bf16': (
-        dict(
-            SIZES,
-            model_type='qwen2_moe',
-            moe_intermediate_size=16,
-            intermediate_size=48,
-            num_experts=8,
-            num_experts_per_tok=4,
-            shared_expert_intermediate_size=16,
-        ),
-        'tokenizer-qwen',
-        torch.bfloat16,
-    ),
-}
+DEEPSEEK = dict(SIZES, model_type='deepseek', n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1)
+QWEN = dict(SIZES, model_type='qwen2_moe', num_experts=8, shared_expert_intermediate_size=16)
 
 
-@pytest.mark.parametrize('name', CHECKPOINTS)
-def test_the_whole_pipeline_on_a_loaded_checkpoint(name, tmp_path):
-    hf, tokenizer, dtype = CHECKPOINTS[name]
-    checkpoint(tmp_path / 'model', hf, tokenizer, dtype)
-    rows = [{'text': f'line {i} of a text: {"and on " * 30}'} for i in range(150)] + [
-        {
-            'messages': [
-                {'role': 'user', 'content': 'is it so? ' * 20},
-                {'role': 'assistant', 'content': 'it is. ' * 20},
-            ]
-        }
-    ] * 50
+@pytest.mark.parametrize('hf, tokenizer, dtype', [
+    (DEEPSEEK, 'tokenizer-deepseek', torch.float32),
+    (QWEN, 'tokenizer-qwen', torch.bfloat16),
+])
+def test_the_whole_pipeline_on_a_loaded_checkpoint(hf, tokenizer, dtype, tmp_path):
+    folder = tmp_path / 'model'
+    shutil.copytree(GOLDEN / tokenizer, folder)
+    model = random_model(from_hf(hf)).to(dtype)
+    write_safetensors(folder / 'model.safetensors', hub_tensors(model))
+    write_json(folder / 'config.json', {**hf, 'torch_dtype': str(dtype).removeprefix('torch.')})
+    chat = [{'role': 'user', 'content': 'is it so? ' * 20}, {'role': 'assistant', 'content': 'it is. ' * 20}]
+    rows = [{'text': f'line {i} of a text: {"and on " * 30}'} for i in range(150)] + [{'messages': chat}] * 50
     (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    train.main(
-        [
-            '--preset',
-            'smoke',
-            '--ckpt',
-            str(tmp_path / 'model'),
-            '--data',
-            str(tmp_path / 'data.jsonl'),
-            '--out',
-            str(tmp_path / 'out'),
-        ]
-    )
-    results = json.loads((tmp_path / 'out/results.json').read_text())
-    rows = {row['method']: row for row in results['rows']}
-    L = len(from_hf(hf).moe_layers)
+    out = tmp_path / 'out'
+    flags = ['--ckpt', folder, '--data', tmp_path / 'data.jsonl', '--out', out]
+    train.main(['--preset', 'smoke', *map(str, flags)])
+    rows = {row['method']: row for row in json.loads((out / 'results.json').read_text())['rows']}
+    config = read_config(folder)
+    L = len(config.moe_layers)
     assert all(len(row['mean_k_by_layer']) == L and np.isfinite(row['loss']) for row in rows.values())
     assert rows['top-k']['mean_k'] == 4 and rows['ada-k']['mean_k'] < 3.4
-    assert Allocators.load(tmp_path / 'out/allocator.safetensors', from_hf(hf)).weight.shape == (
-        L,
-        8,
-        32 + 8 + 3,
-    )
+    allocators = Allocators.load(out / 'allocator.safetensors', config, base_digest(folder))
+    assert allocators.weight.shape == (L, 8, 32 + 8 + 3)

@@ -1,0 +1,70 @@
+"""scale/graph.py: decoding token by token from a CUDA graph, one launch a step instead of hundreds."""
+import torch
+
+import moe_dispatch
+from model import Transformer, eager_decoder
+
+
+class StaticCache:
+    """A filled Cache taken over for decoding, its length a number on the device.
+
+    Every step is the same kernels over the same memory (attention over all max_len places, the empty ones
+    masked), so a CUDA graph can hold one. The methods are those of Cache, with T = 1.
+    """
+
+    def __init__(self, cache):
+        self.k = cache.k
+        self.v = cache.v
+        self.table = cache.table
+        device = cache.k.device
+        self.length = torch.tensor([cache.length], device=device)           # (1,)
+        self.places = torch.arange(cache.k.shape[3], device=device)         # (max_len,)
+
+    def rope(self, T):
+        return [table[self.length] for table in self.table]
+
+    def mask(self, T):
+        return self.places[None] <= self.length                             # (1,max_len)
+
+    def extend(self, layer, k, v):
+        self.k[layer].index_copy_(2, self.length, k)
+        self.v[layer].index_copy_(2, self.length, v)
+        return self.k[layer], self.v[layer]
+
+    def advance(self, T):
+        self.length += T                                       # in place: a replayed graph counts on
+
+
+def graph_decoder(model, choose_k, cache):
+    """step(new (B,1)) -> the next logits (B,V) fp32, as model.py:eager_decoder's.
+
+    Captured in a CUDA graph where torch has a grouped matmul without host sync. `choose_k` must then be free
+    of host syncs too, as all of allocator.py are.
+    """
+    stays = type(model) is Transformer                         # all layers are where they are
+    few = cache.k.shape[1] <= moe_dispatch.STATIC_TOKENS
+    if stays and few and moe_dispatch.native(cache.k):
+        return Captured(model, choose_k, StaticCache(cache))
+    return eager_decoder(model, choose_k, cache)
+
+
+class Captured:
+    """Decoding steps of which the third is captured: the first two start what must not start in a capture."""
+
+    def __init__(self, model, choose_k, cache):
+        self.eager = eager_decoder(model, choose_k, cache)
+        self.steps = 0
+
+    def __call__(self, new):
+        self.steps += 1
+        if self.steps == 1:
+            self.new = torch.empty_like(new)                   # what the graph reads
+        self.new.copy_(new)
+        if self.steps < 3:
+            return self.eager(self.new)
+        if self.steps == 3:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):                 # records, does not run
+                self.logits = self.eager(self.new)
+        self.graph.replay()
+        return self.logits
