@@ -267,6 +267,7 @@ def compare(s, model, allocators, families, dial, heldout):
     }
     windows = heldout.windows(s.seq, s.heldout_tokens)
     rows = []
+    progress = Progress('evaluation', len(policies))
     for method, policy in policies.items():
         torch.manual_seed(s.seed)                              # for RandomMix
         [(loss, tally)] = evaluate(model, windows, [policy])
@@ -284,6 +285,7 @@ def compare(s, model, allocators, families, dial, heldout):
             'k_histogram': (tally.counts.sum(0) / tally.counts.sum()).tolist(),
             **flops_shares(c, tally.mean(), s.seq, params),
         })
+        progress(len(rows), len(rows) * len(loss), loss=rows[-1]['loss'])
     return rows
 
 

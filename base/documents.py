@@ -9,14 +9,13 @@ import io
 import json
 import sys
 import sysconfig
-import tokenize
 from pathlib import Path
+from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError, generate_tokens
 
 from hub.files import InputError, reading
 from hub.tokenizer import SURROGATES
 
 KINDS = '.txt', '.jsonl', '.py'
-LINE_ENDS = tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT
 # not in the default text; pydoc_data is one generated page, as long as all other files of a split together
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'pydoc_data'}
 FEW = 20                # fewer documents are cut into pieces, so that every split gets some
@@ -32,12 +31,12 @@ def read_documents(source, most, prose=False):
     """
     root = Path(source or sysconfig.get_paths()['stdlib'])
     documents = {}
-    for path in files_of(root, KINDS if source else ['.py']):
-        name = path.name if path == root else path.relative_to(root).as_posix()
-        if not source and LEFT_OUT & set(name.split('/')):
-            continue
+    damaged = 0
+    for path in files_of(root, is_data=source):
         with reading(path):
             text = path.read_text(encoding='utf-8-sig', errors='replace')
+        damaged += '\ufffd' in text
+        name = path.name if path == root else path.relative_to(root).as_posix()
         kind = path.suffix.lower()
         if kind == '.jsonl':
             documents.update(jsonl_documents(name, text))
@@ -47,60 +46,78 @@ def read_documents(source, most, prose=False):
                 documents[name] = written
         else:
             documents[name] = text
-    documents = {name: SURROGATES.sub('\ufffd', documents[name]) for name in list(documents)[:most]}
-    damaged = sum('\ufffd' in text for text in documents.values())
     if damaged and source:
-        print(f'text: {damaged} documents hold U+FFFD, or bytes that are no UTF-8', file=sys.stderr)
-    return documents
+        print(f'text: {damaged} files hold U+FFFD, or bytes that are no UTF-8 and become it', file=sys.stderr)
+    return {name: SURROGATES.sub('\ufffd', documents[name]) for name in list(documents)[:most]}
 
 
-def files_of(root, kinds):
-    """The files of these kinds in a folder, or the one file."""
-    files = []
-    for path in sorted([root, *root.rglob('*')]):
-        if path.suffix.lower() in kinds and path.is_file():
-            files.append(path)
-    if not files:
+def files_of(root, is_data):
+    """The files to read of a folder, or the one file; is_data: they were asked for by --data."""
+    files = sorted(path for path in [root, *root.rglob('*')] if path.is_file())
+    if not is_data:
+        return [path for path in files
+                if path.suffix == '.py' and not LEFT_OUT & set(path.relative_to(root).parts)]
+    ours = [path for path in files if path.suffix.lower() in KINDS]
+    if not ours:
         raise InputError(f'--data {root}: no {", ".join(KINDS)} file there; unpack or convert what there is')
-    return files
+    others = sorted(set(files) - set(ours))
+    if others:
+        print(f'text: {len(others)} files of other kinds are left out, such as {others[0].name}',
+              file=sys.stderr)
+    return ours
 
 
 def docstrings_and_comments(source):
-    """The prose of Python source, piece by piece; of what Python cannot read, what stands before."""
+    """The prose of Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
     pieces = []
-    last = tokenize.NEWLINE
     try:
-        for t in tokenize.generate_tokens(io.StringIO(source).readline):
-            if t.type == tokenize.COMMENT:
+        for t, starts_statement in python_tokens(source):
+            if t.type == COMMENT:
                 pieces.append(t.string.lstrip('#').strip())
-            elif t.type == tokenize.STRING and last in LINE_ENDS:          # a docstring is a statement
+            elif t.type == STRING and starts_statement:
                 pieces.append(str(ast.literal_eval(t.string)).strip())
-            if t.type not in (tokenize.NL, tokenize.COMMENT):
-                last = t.type
-    except (tokenize.TokenError, SyntaxError, ValueError):
+    except (TokenError, SyntaxError, ValueError):
         pass
     return '\n'.join(pieces)
 
 
+def python_tokens(source):
+    """(token, does it start a statement?) of the standard library's tokenizer, whose errors pass through.
+
+    A string that starts a statement is a docstring.
+    """
+    starts_statement = True
+    for t in generate_tokens(io.StringIO(source).readline):
+        yield t, starts_statement
+        if t.type not in (NL, COMMENT):
+            starts_statement = t.type in (NEWLINE, INDENT, DEDENT)
+
+
 def jsonl_documents(name, text):
-    """{name:line: text} of a .jsonl file."""
+    """{name:line: text} of a .jsonl file: objects with a `text`, or with `messages` of role and content.
+
+    Rows end at \\n alone: JSON may hold other line ends bare.
+    """
     documents = {}
-    for number, line in enumerate(text.split('\n'), 1):        # JSON may hold other line ends bare
+    for number, line in enumerate(text.split('\n'), 1):
         if line.strip():
             where = f'{name}:{number}'
-            with reading(f'--data {where}: a row is an object with a `text`, or with `messages`'):
+            try:
                 documents[where] = row_text(json.loads(line))
+            except Exception:                                  # whatever JSON of another shape leads to
+                raise InputError(f'--data {where}: no JSON object with a `text`, or with `messages` of role '
+                                 f'and text; correct or remove it') from None
     return documents
 
 
 def row_text(row):
-    """Its `text`, or of a chat "role: content" of every message; a tool call may be without content."""
+    """Its `text`, or of a chat "role: content" of every message; null content beside tool calls is none."""
     if 'text' in row:
         return '' + row['text']                                # raises unless it is a string
     said = []
     for message in row['messages']:
-        content = message.get('content')
-        if content is not None or 'tool_calls' not in message:
+        content = message.get('content') if 'tool_calls' in message else message['content']
+        if content is not None:
             said.append(message['role'] + ': ' + content)
     return '\n\n'.join(said)
 

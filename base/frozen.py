@@ -1,5 +1,6 @@
 """base/frozen.py: the frozen base of a run, its tokenizer and text: from --ckpt, or learnt in OUT/base."""
 import os
+import shutil
 
 import torch
 
@@ -10,15 +11,13 @@ from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtyp
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from hub.tokenizer import Tokenizer
-from run.console import Progress, open_out
+from run.console import Progress
 from run.ranks import ranks, same_everywhere
 from scale.memory import check_memory, working_bytes
 from scale.shard import shard
 from scale.stream import stream
 
-# written last and deleted first: a base is complete while its recipe is there
-RECIPE = 'recipe.json'
-FILES = RECIPE, 'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'
+BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'recipe.json'}
 
 
 def base_model(s, out):
@@ -32,16 +31,17 @@ def base_model(s, out):
     recipe = recipe_of(s, documents)
     folder = base_folder(s, out)
     learn = not s.ckpt and not is_there(folder, recipe, s.fresh)
-    if learn:
-        learn_tokenizer(folder, parts[0], s.n_vocab)
-    tokenizer = Tokenizer(folder)
+    place = learn_tokenizer(folder, parts[0], s.n_vocab) if learn else folder
+    tokenizer = Tokenizer(place)
     train = tokenize(parts[0], tokenizer, s.seq, 'train', max(s.ppo_batch, BATCH * learn))
     calibration = tokenize(parts[1], tokenizer, s.seq, 'calibration')
     heldout = tokenize(parts[2], tokenizer, s.seq, 'held-out')
     if learn:
         model = learn_base(s, config_of(s, tokenizer.n_vocab), train)
-        save(model, folder)
-        write_json(folder / RECIPE, recipe)
+        save(model, place)
+        write_json(place / 'recipe.json', recipe)
+        shutil.rmtree(folder, ignore_errors=True)
+        place.rename(folder)                                   # complete, it takes the name
     same_everywhere(f'the checkpoint {folder}', base_digest(folder))
     same_everywhere('the text of --data', recipe['text'])
     model = load_model(s, folder, learns=True)
@@ -67,14 +67,20 @@ def base_folder(s, out):
 def is_there(folder, recipe, fresh=False):
     """Has this base been learnt already? False with `fresh`, for it is to be learnt again.
 
-    InputError if another base is there.
+    InputError if another base is there, or one would be replaced that is not this program's alone.
     """
-    path = folder / RECIPE
-    if fresh or not path.exists():
+    if not folder.exists():
         return False
-    old = read_json(path)
+    path = folder / 'recipe.json'
+    old = read_json(path) if path.exists() else {}
+    others = {path.name for path in folder.iterdir()} - BASE_FILES
+    if (fresh and others) or not recipe.keys() <= old.keys():
+        foreign = min(others, default='no recipe.json of this program')
+        raise InputError(f'{folder} holds {foreign}: move it away, or choose another --out')
+    if fresh:
+        return False
     for name, value in recipe.items():
-        if old.get(name) != value:
+        if old[name] != value:
             raise InputError(f'{folder} was learnt with another {name}: '
                              f'choose another --out, or --fresh to learn it again')
     print(f'base: {folder} is there, used again')
@@ -82,17 +88,17 @@ def is_there(folder, recipe, fresh=False):
 
 
 def learn_tokenizer(folder, texts, n_vocab):
-    """Put a tokenizer that is learnt on the texts into the folder of a base, and an old base out of it."""
+    """A new folder beside `folder`, with a tokenizer that was learnt on the texts."""
     if ranks()[1] > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
-    open_out(folder, *FILES)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
     merges = learn_bpe(texts, n_vocab - 1)
-    write_json(folder / 'tokenizer.json', tokenizer_json(merges))
-    write_json(folder / 'tokenizer_config.json', {'eos_token': SEPARATOR, 'pad_token': SEPARATOR})
+    new = folder.with_name(f'{folder.name}.{os.getpid()}.new')
+    new.mkdir()
+    write_json(new / 'tokenizer.json', tokenizer_json(merges))
+    write_json(new / 'tokenizer_config.json', {'eos_token': SEPARATOR, 'pad_token': SEPARATOR})
     print(f'text: {sum(map(len, texts)) / 1e6:.1f}M characters to learn from, {257 + len(merges)} tokens')
+    return new
 
 
 def load_model(s, folder, learns=False):

@@ -5,7 +5,6 @@ are compared with what config.json promises before any memory of the model's siz
 is read once, from its file to its place in the stacked weights.
 """
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -16,13 +15,14 @@ from hub.safetensors import read_header, read_into, read_safetensors, write_safe
 from model import Transformer
 
 HEAD = 'lm_head.weight'
-CHECKPOINTS = {                                                # short names of the hub's, and sizes in GB
-    'mixtral-8x7b': 'mistralai/Mixtral-8x7B-v0.1',             # 93
-    'mixtral-8x22b': 'mistralai/Mixtral-8x22B-v0.1',           # 281
-    'qwen1.5-moe': 'Qwen/Qwen1.5-MoE-A2.7B',                   # 29
-    'deepseek-moe-16b': 'deepseek-ai/deepseek-moe-16b-base',   # 33
-    'olmoe-1b-7b': 'allenai/OLMoE-1B-7B-0924',                 # 14
-    'qwen3-30b-a3b': 'Qwen/Qwen3-30B-A3B',                     # 61
+# short names of the hub's
+CHECKPOINTS = {
+    'mixtral-8x7b': 'mistralai/Mixtral-8x7B-v0.1',
+    'mixtral-8x22b': 'mistralai/Mixtral-8x22B-v0.1',
+    'qwen1.5-moe': 'Qwen/Qwen1.5-MoE-A2.7B',
+    'deepseek-moe-16b': 'deepseek-ai/deepseek-moe-16b-base',
+    'olmoe-1b-7b': 'allenai/OLMoE-1B-7B-0924',
+    'qwen3-30b-a3b': 'Qwen/Qwen3-30B-A3B',
 }
 
 
@@ -202,19 +202,16 @@ def open_checkpoint(folder, dtype, kind):
 def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
     """The frozen Transformer in a folder, in the wanted dtype and on the device.
 
-    `progress(bytes so far, of all)` is called after each file. InputError names the file or tensor that is
+    `progress(files so far, of all)` is called after each file. InputError names the file or tensor that is
     wrong.
     """
     model, layouts = open_checkpoint(Path(folder), dtype, Transformer)
     model = model.to_empty(device=device)
     model.tie()
     views = hub_tensors(model)
-    total = sum(os.path.getsize(path) for path in layouts)
-    done = 0
-    for path, layout in layouts.items():
+    for i, (path, layout) in enumerate(layouts.items(), 1):
         read_into(path, layout, views)
-        done += os.path.getsize(path)
-        progress(done, total)
+        progress(i, len(layouts))
     return model
 
 

@@ -10,7 +10,6 @@ from model import Config
 
 # the hub's name of a field: ours
 FIELDS = {
-    'model_type': 'model_type',
     'vocab_size': 'n_vocab',
     'hidden_size': 'dim',
     'num_hidden_layers': 'n_layers',
@@ -95,14 +94,14 @@ def from_hf(hf, where='config.json'):
     theta, eps = DEFAULTS[family]
     heads = f.get('num_attention_heads')
     defaults = {
-        'model_type': '',
         'num_key_value_heads': heads,
         'head_dim': f.get('hidden_size') // heads,
         'tie_word_embeddings': False,
         'rope_theta': theta,
         'rms_norm_eps': eps,
     }
-    c = Config(**{ours: f.get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()})
+    fields = {ours: f.get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()}
+    c = Config(model_type=family, **fields)
 
     experts = 'num_experts'
     for name in EXPERTS:
@@ -169,6 +168,7 @@ def to_hf(config):
     assert c.model_type == 'mixtral', c.model_type
     return {
         'architectures': ['MixtralForCausalLM'],
+        'model_type': 'mixtral',
         **{theirs: getattr(c, ours) for theirs, ours in FIELDS.items()},
         'num_local_experts': c.n_experts,
         'intermediate_size': c.expert_dim,

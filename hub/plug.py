@@ -106,7 +106,7 @@ def on_device(policy, device):
 
 
 def check_blocks(model):
-    """([the MoE blocks in order], Config) of a model; InputError unless they are as transformers builds them."""
+    """([the MoE blocks in order], Config) of a model; InputError unless transformers 5.23 built them so."""
     config = from_hf(model.config.to_dict(), 'attach: the config of the model')
     blocks = [model.model.layers[i].mlp for i in config.moe_layers]
     for block in blocks:

@@ -14,6 +14,7 @@ import torch
 from hub.files import InputError, reading, write_whole
 
 DTYPES = {
+    'BOOL': torch.bool,
     'U8': torch.uint8,
     'I32': torch.int32,
     'I64': torch.int64,

@@ -1,7 +1,6 @@
 """study/frontier.py: every policy at every budget on one frozen base -> RUN/frontier/frontier.json, .png.
 
-    python -m study.frontier out/deep             50 minutes on two cores; a stopped one goes on where it was
-    python -m study.frontier --ckpt olmoe-1b-7b   on real weights
+    python -m study.frontier out/deep      50 minutes on two cores; a stopped one goes on where it was
 
 Every knob is set on the training documents to the same mean k; every row is of the held-out split.
 """

@@ -110,7 +110,7 @@ def recipe(folder):
     ('results.json', '.', settings, 40),
     ('recipe.json', 'base', recipe, 40),
 ])
-def test_damage_to_json_is_one_line_or_as_if_the_value_were_not_there(name, source, read, times, smoke, tmp_path):
+def test_damage_to_json_is_one_line_or_ignored(name, source, read, times, smoke, tmp_path):
     rng = random.Random(name)
     ours = read in (settings, recipe)
     path = tmp_path / 'case' / name

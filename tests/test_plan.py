@@ -109,7 +109,7 @@ def test_too_little_memory_is_said_before_loading(monkeypatch, hub):
     ([], 'give the checkpoint with --ckpt'),
     (['--ckpt', 'nowhere'], 'no such folder'),
     (['--stream'], '--ckpt'),
-    (['--ckpt', MIXTRAL], 'get its config with: hf download mistralai/Mixtral-8x7B-v0.1'),
+    (['--ckpt', MIXTRAL], 'get it with: hf download mistralai/Mixtral-8x7B-v0.1'),
 ])
 def test_wrong_inputs(args, says, capsys):
     assert says in refusal(capsys, 'scale.plan', scale.plan.main, *args)

@@ -23,7 +23,14 @@ from train import settings_of
 transformers = pytest.importorskip('transformers', minversion='5.23')
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
-NAMES = 'mixtral-1', 'qwen2_moe-1', 'qwen3_moe-1', 'olmoe-1', 'qwen2_moe-every-second', 'qwen3_moe-tied'
+NAMES = [
+    'mixtral-1',
+    'qwen2_moe-1',
+    'qwen3_moe-1',
+    'olmoe-1',
+    'qwen2_moe-every-second',
+    'qwen3_moe-tied',
+]
 
 
 def opened(folder, way='eager'):
@@ -189,7 +196,7 @@ def test_the_twin_is_the_same_model_in_the_same_memory():
     assert torch.equal(found, generate(model, tokens, 5))
 
 
-def test_experts_of_transformers_equal_ours_or_cost_their_rows_only(monkeypatch, capsys):
+def test_experts_of_transformers_equal_ours():
     model = random_model(tiny_config(top_k=2))
     ours = model.layers[0].mlp
     x = torch.randn(8, 32)
@@ -201,10 +208,6 @@ def test_experts_of_transformers_equal_ours_or_cost_their_rows_only(monkeypatch,
     assert len(cases) == 2
     for run in cases.values():
         assert_close(run(), moe(*batch))
-    from transformers.models.mixtral import modeling_mixtral
-    monkeypatch.delattr(modeling_mixtral, 'MixtralExperts')
-    assert transformers_experts(*batch) == {}
-    assert 'its rows are left out' in capsys.readouterr().out
 
 
 # ================================================================ bad input
@@ -248,8 +251,8 @@ def another_router(model):
 
 
 def quantised(model):
-    experts = mlp(model, 0).experts
-    experts.gate_up_proj.data = experts.gate_up_proj.data.char()
+    weight = mlp(model, 0).experts.gate_up_proj.requires_grad_(False)
+    weight.data = weight.data.char()
 
 
 def old_experts(model):
@@ -284,7 +287,11 @@ def test_a_model_that_is_not_as_expected_is_refused_and_untouched(change):
 
 
 def test_other_families_a_second_detach_and_too_many_experts_are_refused():
-    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+    )
     llama = transformers.LlamaForCausalLM(config)
     with pytest.raises(InputError, match="model_type 'llama' is not supported"):
         attach(llama, TopK(1))
