@@ -69,6 +69,7 @@ def test_generation_stops_at_every_eos(smoke, tmp_path, capsys):
     run = tmp_path / 'run'
     shutil.copytree(smoke[0], run)
     flags = ['--run', str(run), '--prompt', 'def', '--policy', 'top-k', '--tokens', '12']
+    flags += ['--temperature', '0']
     study.sample.main(flags)
     whole = capsys.readouterr().out
     ids = Tokenizer(run / 'base').prompt('def')
