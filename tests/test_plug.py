@@ -171,7 +171,8 @@ def test_a_run_of_ours_gives_its_own_loss_through_transformers(smoke):
         losses.append(F.cross_entropy(logits, y[0]))
     loss = torch.stack(losses).mean().item()
     assert loss == pytest.approx(row['loss'], abs=1e-4)
-    assert tally.mean() == pytest.approx(row['mean_k'], abs=1e-6)
+    # of 16,384 decisions a few are ties to the last bit, and batches of another size may round them otherwise
+    assert tally.mean() == pytest.approx(row['mean_k'], abs=5 / 16384)
 
 
 def test_the_lines_of_the_readme_run_as_they_stand(smoke, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ def base(smoke):
 def test_generation_prints_the_text_speed_and_mean_k(smoke, base, capsys):
     run = smoke[0]
     model, tokenizer = base
-    flags = '--prompt', 'def f(', '--tokens', '12', '--show'
+    flags = '--prompt', 'def f(', '--tokens', '12', '--show', '--temperature', '0'
     study.sample.main(['--run', str(run), *flags])
     printed = capsys.readouterr().out
     digest = base_digest(run / 'base')
