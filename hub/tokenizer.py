@@ -124,13 +124,13 @@ class Tokenizer:
                 self.splits.append(regex.compile(f'({pattern})', regex.MULTILINE).split)
         if not re.fullmatch(ORDER, kinds):
             raise ValueError(f'the pre_tokenizer {kinds}')
+        self.ids = hf['model']['vocab']
+        merges = hf['model']['merges']
         options = {
             name: value
             for name, value in hf['model'].items()
-            if value and name not in NO_OPTIONS
+            if value and name not in ('vocab', 'merges', *NO_OPTIONS)
         }
-        self.ids = options.pop('vocab')
-        merges = options.pop('merges')
         byte_level = 'ByteLevel' in kinds
         if options != {'type': 'BPE'} | ({} if byte_level else {'byte_fallback': True}):
             raise ValueError(f'the model {options}')
