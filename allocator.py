@@ -9,7 +9,7 @@ Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`,
     Skip         drop the tail that is light beside what is kept (Lu et al. 2024, for any top-k)    knob: beta
     AdaK         the trained allocators of the paper (eq. 4, 5)                 knob: price
 
-A knob is calibrated on one split of the text to a wanted mean k (`bisect`) and reported on another.
+A knob is calibrated on one split of the text to a wanted mean k (`find_knob`) and reported on another.
 """
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import moe_dispatch
-from hub.files import InputError, reading
+from hub.files import InputError, read_json, reading
 from hub.safetensors import read_safetensors, write_safetensors
 
 
@@ -133,6 +133,7 @@ class Allocators(nn.Module):
         self.k_max = k_max
         self.extended = extended
         self.top_k = config.top_k
+        self.run = {}                                          # facts of the run that trained them
         self.weight = nn.Parameter(torch.zeros(L, k_max, n_in))
         self.bias = nn.Parameter(torch.zeros(L, k_max), requires_grad=extended)
         self.register_buffer('mean', torch.zeros(L, n_in))
@@ -154,19 +155,23 @@ class Allocators(nn.Module):
         return (self.raw(x, probs) - self.mean[layer]) / self.std[layer]
 
     def logits(self, layer, z):
-        """(P,n_in) -> (P,k_max); all layers at once with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
-        return z @ self.weight[layer].mT + self.bias[layer].unsqueeze(-2)
+        """(P,n_in) -> (P,k_max) fp32; of all layers with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
+        return z.float() @ self.weight[layer].mT + self.bias[layer].unsqueeze(-2)
 
     def n_params(self):
         """Trained weights, the number that the paper reports."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    def save(self, path, base):
-        """Write a safetensors file that names its base model by the digest `base` (hub/checkpoint.py)."""
+    def save(self, path, base, **run):
+        """Write a safetensors file that names its base model by the digest `base` (hub/checkpoint.py).
+
+        run: what else it is to remember of the run that trained it.
+        """
         facts = {
             'k_max': self.k_max,
             'extended': self.extended,
             'base': base,
+            'run': run,
         }
         write_safetensors(path, self.state_dict(), {'allocators': json.dumps(facts)})
 
@@ -180,6 +185,7 @@ class Allocators(nn.Module):
                 raise InputError(f'{path}: trained for another base model than this one')
             k_max = len(tensors['bias'][0])
             allocators = cls(config, k_max, facts['extended'])
+            allocators.run = facts['run']
             allocators.load_state_dict(tensors)
             for name, t in tensors.items():
                 if not t.isfinite().all():
@@ -207,13 +213,24 @@ class AdaK(Policy):
 
     @classmethod
     def of_run(cls, run, config, base, device):
-        """The policy that a run of train.py has learnt for the base model with this Config and digest."""
-        allocators = Allocators.load(Path(run) / 'allocator.safetensors', config, base)
+        """The policy that a run of train.py has learnt for the base model with this Config and digest.
+
+        InputError if the allocators are not those that the run's results.json reports.
+        """
+        path = Path(run) / 'allocator.safetensors'
+        allocators = Allocators.load(path, config, base)
+        results = Path(run) / 'results.json'
+        with reading(results):
+            reported = read_json(results)['config']
+            for name, value in allocators.run.items():
+                if reported[name] != value:
+                    raise InputError(f'{path}: trained with {name} {value}, {results} has {reported[name]}')
         return cls(allocators.to(device))
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
-        weight, bias = self.maps[layer]
+        weight, bias = (t.to(x.device) for t in self.maps[layer])
+        self.maps[layer] = weight, bias                        # each stays where its layer is
         logits = F.linear(self.allocators.raw(x, probs), weight, bias)      # (P,k_max)
         return 1 + logits.argmax(-1)
 
@@ -228,16 +245,16 @@ class Rollout(Policy):
     """Samples k from the allocators and keeps what PPO needs: of P tokens, in one forward pass or several.
 
     noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens
-    are cut into passes. After the passes: z (L,P,n_in), k (L,P), logp (L,P), the log-probability of each k
-    when it was drawn.
+    are cut into passes. After the passes: z (L,P,n_in) in the model's `dtype`, k (L,P), logp (L,P), the
+    log-probability of each k when it was drawn.
     """
 
-    def __init__(self, allocators, noise):
+    def __init__(self, allocators, noise, dtype):
         self.allocators = allocators
         self.noise = noise
         self.k_max = allocators.k_max
         self.seen = [0] * len(noise)                           # tokens of each layer so far
-        self.z = noise.new_empty(*noise.shape, allocators.mean.shape[1])
+        self.z = noise.new_empty(*noise.shape, allocators.mean.shape[1], dtype=dtype)
         self.k = torch.empty_like(noise, dtype=torch.long)
         self.logp = torch.empty_like(noise)
 
@@ -245,7 +262,7 @@ class Rollout(Policy):
     def __call__(self, layer, x, probs):
         here = slice(self.seen[layer], self.seen[layer] + len(x))
         self.seen[layer] = here.stop
-        z = self.allocators.inputs(layer, x, probs)                         # (P,n_in)
+        z = self.allocators.inputs(layer, x, probs).to(self.z.dtype)        # (P,n_in)
         logp = F.log_softmax(self.allocators.logits(layer, z), dim=-1)      # (P,k_max)
         k = sample_k(logp, self.noise[layer, here])                         # (P,)
         self.z[layer, here] = z
@@ -293,15 +310,20 @@ class Counted(Watched):
         return self.mean_by_layer().mean().item()
 
 
-def bisect(mean_k, target, low, high, steps=12):
-    """The knob in low..high at which mean_k(knob), rising, comes nearest to target, within 0.2%.
+def find_knob(mean_k, target, low, high, most):
+    """The knob in low..high at which mean_k(knob), rising from 1 to `most`, comes nearest to target.
 
-    `low` may be the larger number: Skip keeps more experts the smaller beta is. A target out of reach gives
-    an end.
+    Within 0.2% or after 20 tries, by false position: a straight line through the nearest knobs on both sides,
+    where an end that stays counts half (Illinois). `low` may be the larger number: AdaK runs more experts the
+    smaller its price is. A target out of reach gives an end.
     """
+    too_few = 1 - target
+    too_many = most - target
+    if too_few >= 0 or too_many <= 0:
+        return low if too_few >= 0 else high
     best_miss = float('inf')
-    for _ in range(steps):
-        knob = (low + high) / 2
+    for _ in range(20):
+        knob = low + (high - low) * too_few / (too_few - too_many)
         miss = mean_k(knob) - target
         if abs(miss) < best_miss:
             best_miss = abs(miss)
@@ -309,7 +331,9 @@ def bisect(mean_k, target, low, high, steps=12):
         if abs(miss) < 2e-3 * target:
             break
         if miss > 0:
-            high = knob
+            high, too_many = knob, miss
+            too_few /= 2
         else:
-            low = knob
+            low, too_few = knob, miss
+            too_many /= 2
     return best

@@ -1,8 +1,8 @@
 """bench.py: is fewer experts less time?
 
-    python bench.py                     minutes on two cores -> out/bench.json, out/dispatch.png
+    python bench.py                     four minutes on two cores -> out/bench.json
     python bench.py --device cuda       the same at the published sizes, bf16
-    python bench.py --run out/deep      a trained run's model and allocators on its own held-out text
+    python bench.py --run out/deep      a trained run's model and allocators on its own held-out text, C = 64
     python bench.py --ckpt FOLDER       any checkpoint, with random allocators at 0.7 K
 
 First the experts of one layer: every path of moe_dispatch.py, and transformers' own experts, on the same
@@ -17,7 +17,6 @@ A number is the median over the rounds, with the quartiles in brackets; a ratio 
 import platform
 import time
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,16 +24,16 @@ import torch
 import moe_dispatch
 from allocator import AdaK, Allocators
 from base.frozen import base_folder, base_model
-from base.pretrain import config_of, new_model
+from base.pretrain import new_model
 from hub.checkpoint import base_digest
 from hub.files import write_json
 from model import Config
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags, open_out
 from run.evaluate import calibrate
 from run.experts_cpu import FEW_TOKENS, moe_few
-from run.speed import pairs, speed_figure, speed_table, transformers_experts, whole_rows
+from run.speed import CHOICES, pairs, speed_table, transformers_experts, whole_rows
 from run.timing import rates
-from train import Settings, settings_of
+from train import settings_of
 
 # name: C, F, N, K, tokens of a prefill
 SHAPES = {
@@ -48,7 +47,7 @@ SHAPES = {
     },
 }
 DTYPES = {'cpu': ['float32', 'bfloat16'], 'cuda': ['bfloat16']}
-WIDTHS = {'cpu': 1024, 'cuda': 4096}              # C of the whole models
+WIDTHS = {'cpu': 768, 'cuda': 4096}               # C of the whole models, and tokens of their prefill
 
 
 # ================================================================ the experts of one layer
@@ -60,12 +59,11 @@ def routed(layer, T, choice):
     """
     K = layer.top_k
     k = torch.full((T,), K)
-    k_max = K
     if choice == 'fewer':
         steps = (torch.arange(T) + 0.5) / T
         k = (steps * (1.5 * K - 1)).ceil().long()
-        k_max = 2 * K
     x = torch.randn(T, layer.router.in_features).to(layer.w_in)             # (T,C)
+    k_max = k.max().item()
     k = k.to(x.device)
     probs = layer.router(x).float().softmax(-1)                             # (T,N)
     ids, weights = moe_dispatch.select(probs, k, k_max, True)               # (T,k_max) both
@@ -100,7 +98,7 @@ def dispatch_rows(name, stage, layer, T, matmul, copy):
     """One row per path that runs T tokens through the experts of a layer."""
     cases = {}
     limits = {}
-    for choice in 'top-k', 'fewer':
+    for choice in CHOICES:
         batch = routed(layer, T, choice)
         limits[choice] = limit(*batch, matmul, copy)
         for path, run in dispatch_cases(*batch).items():
@@ -119,12 +117,13 @@ def dispatch_rows(name, stage, layer, T, matmul, copy):
 def dispatch_table(device, reached):
     """The rows of every shape, dtype and number of tokens."""
     rows = []
-    for (shape, sizes), dtype in product(SHAPES[device.type].items(), DTYPES[device.type]):
-        C, width, N, K, prefill = sizes
+    for shape, (C, width, N, K, prefill) in SHAPES[device.type].items():
         config = Config(n_layers=1, dim=C, expert_dim=width, n_experts=N, top_k=K)
-        layer = new_model(config, seed=0).layers[0].mlp.to(device, getattr(torch, dtype))
-        for stage, T in (f'prefill {prefill}', prefill), ('batch 8', 8), ('batch 1', 1):
-            rows += dispatch_rows(f'{shape}, {dtype}', stage, layer, T, reached[dtype], reached['copy'])
+        model = new_model(config, seed=0)
+        for dtype in DTYPES[device.type]:
+            layer = model.to(device, getattr(torch, dtype)).layers[0].mlp
+            for stage, T in (f'prefill {prefill}', prefill), ('batch 8', 8), ('batch 1', 1):
+                rows += dispatch_rows(f'{shape}, {dtype}', stage, layer, T, reached[dtype], reached['copy'])
     return rows
 
 
@@ -133,8 +132,7 @@ def dispatch_table(device, reached):
 def fewer(model, tokens):
     """Random allocators whose mean k is 0.7 K on these tokens: they cost what trained ones cost."""
     c = model.config
-    k_max = min(2 * c.top_k, c.n_experts)
-    allocators = Allocators(c, k_max, extended=True).to(model.device)
+    allocators = Allocators(c, c.top_k, extended=True).to(model.device)
     allocators.weight.data.normal_(0, 0.1)
     policy_of = partial(AdaK, allocators)                      # of a price
     # mean k does not depend on the targets, so the tokens stand for them too
@@ -143,12 +141,9 @@ def fewer(model, tokens):
 
 
 def random_models(device):
-    """(name, model, tokens (1,T), policy) with random weights.
-
-    Mixtral's proportions, and the size of the default base.
-    """
+    """(name, model, tokens (1,T), policy) of Mixtral's proportions, with random weights."""
     width = WIDTHS[device.type]
-    mixtral = Config(
+    config = Config(
         n_vocab=8 * width,
         dim=width,
         n_layers=4,
@@ -159,23 +154,22 @@ def random_models(device):
         top_k=2,
         expert_dim=7 * width // 2,
     )
-    configs = {'Mixtral\'s proportions': mixtral, 'the default base\'s size': config_of(Settings())}
-    for (name, config), dtype in product(configs.items(), DTYPES[device.type]):
+    for dtype in DTYPES[device.type]:
         model = new_model(config, seed=0).to(device, getattr(torch, dtype))
         tokens = torch.randint(config.n_vocab, (1, width), device=device)
-        yield f'{name}, {dtype}', model, tokens, fewer(model, tokens)
+        yield f"Mixtral's proportions, {dtype}", model, tokens, fewer(model, tokens)
 
 
 def of_run(a, s):
     """(name, model, tokens (n,T) of held-out text, policy) of a run, or of --ckpt with random allocators."""
     run = Path(a.run or '')
     model, _, texts = base_model(s, run)
-    tokens, _, _ = texts[2].windows(s.seq, 2048)
-    tokens = tokens.to(s.device)
-    if not a.run:
-        return a.ckpt, model, tokens, fewer(model, tokens)
-    base = base_digest(base_folder(s, run))
-    return a.run, model, tokens, AdaK.of_run(run, model.config, base, s.device)
+    tokens = texts[2].windows(s.seq, 2048)[0].to(s.device)
+    if a.run:
+        policy = AdaK.of_run(run, model.config, base_digest(base_folder(s, run)), s.device)
+    else:
+        policy = fewer(model, tokens)
+    return a.run or a.ckpt, model, tokens, policy
 
 
 # ================================================================ both
@@ -184,39 +178,36 @@ def main(argv=None):
     p = OneLineParser(__doc__)
     p.add_argument('--run', help='a finished run of train.py, and its allocators')
     model_flags(p)
-    p.add_argument('--out', help='folder of bench.json and dispatch.png (default: RUN, or out)')
+    p.add_argument('--out', help='folder of bench.json (default: RUN, or out)')
     a = p.parse_args(argv)
     open_model_flags(a)
     s = settings_of(a, seq=512)                                # refuses a run that is not one
-    out = open_out(a.out or a.run or 'out', 'bench.json', 'dispatch.png')
+    out = open_out(a.out or a.run or 'out', 'bench.json')
     start = time.time()
     torch.manual_seed(0)
     device = torch.device(a.device)
+    machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if device.type == 'cuda':
         machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     reached = rates(device)
-    table = []
+    dispatch = []
     if a.run or a.ckpt:
         models = [of_run(a, s)]
     else:
-        table = dispatch_table(device, reached)
-        print(speed_table(table))
-        print()
-        speed_figure(out / 'dispatch.png', table, f'experts of one layer, {machine}')
+        dispatch = dispatch_table(device, reached)
+        print(speed_table(dispatch), end='\n\n')
         models = random_models(device)
-    rows = []
+    whole = []
     for model in models:
-        rows += whole_rows(*model)
-    print(speed_table(rows))
+        whole += whole_rows(*model)
+    print(speed_table(whole))
     write_json(out / 'bench.json', {
         'machine': machine,
         'torch': torch.__version__,
         'reached': reached,
         'seconds': time.time() - start,
-        'dispatch': table,
-        'beside': rows,
+        'dispatch': dispatch,
+        'beside': whole,
     })
 
 

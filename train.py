@@ -33,8 +33,8 @@ from hub.checkpoint import base_digest
 from hub.files import InputError, read_json, reading, write_json
 from run.console import (OneLineParser, Progress, check_budget, check_settings, default_device,
                          one_line_errors, open_device)
-from run.evaluate import (Probe, bits_per_byte, calibrate, clustered_error, evaluate, flops_shares,
-                          rewards)
+from run.evaluate import (Probe, bits_per_byte, calibrate, clustered_error, effective_documents, evaluate,
+                          flops_shares, rewards)
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import table, training_figure, write_log
 from run.rules import SkipFamilies, best_family
@@ -85,7 +85,7 @@ class Settings:
     group: int = 4                  # G, rollouts of the same tokens; 1: top-k is the baseline
     ppo_lr: float = 5e-2            # falls linearly to 0; constant with --paper
     epochs: int = 3                 # PPO epochs a rollout
-    entropy: float = 5e-4           # bonus, nats of reward per nat of entropy
+    entropy: float = 0.15           # bonus of a nat of entropy, in first prices of an expert
     weight_decay: float = 0.0
     # evaluation
     heldout_tokens: int = 131072    # the probe of PPO, and the text that knobs are set on, are half as long
@@ -129,58 +129,68 @@ PAPER = dict(
 
 CLIP = 0.2              # eps of eq. 7, 8
 PRICE_RATE = 0.1        # relative change of the price per step and unit of (mean k - target) / K
+PRICE_DAMPING = 1.0     # and of what the last step alone says
+FEW_DOCUMENTS = 10      # fewer say little about how documents differ
 PROBES = 10             # how often in a run the probe is evaluated
 
 
 # ================================================================ PPO (eq. 4-11)
 
-def ppo_step(s, step, model, allocators, optimizer, inputs, targets, noise, price):
-    """One step of PPO in the order of eq. 4-11; changes `allocators` -> statistics and the next price.
+def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy):
+    """One step of PPO in the order of eq. 4-11; changes `allocators` -> its statistics.
 
-    inputs, targets (B,T): this rank's sequences; noise (L,G*P) uniform in [0,1), P = B*T; price: nats per
-    expert.
+    batch: inputs, targets, documents, (B,T) each, this rank's sequences; noise (L,G*P) uniform in [0,1),
+    P = B*T; price: nats per expert; entropy: nats per nat of entropy, its bonus.
     """
+    inputs, targets, document = batch
+
     # rollout (eq. 4, 5): the tokens G times with sampled k, and once with the model's own K
-    rollout = Rollout(allocators, noise)
+    rollout = Rollout(allocators, noise, model.dtype)
     with torch.no_grad():
         reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)    # (G,B,T), (B,T)
 
     # advantage (eq. 6, 9): credit over time, then against the other rollouts of a token, or against top-k
-    credit = ppo.reward_to_go(reward, s.discount).flatten(1)                # (G,P)
+    credit = ppo.reward_to_go(reward, s.discount, document).flatten(1)      # (G,P)
     if s.group > 1:
         adv = ppo.group_advantage(credit)
     else:
-        credit_topk = ppo.reward_to_go(reward_topk, s.discount).flatten()   # (P,)
-        adv = ppo.topk_advantage(credit, credit_topk)
+        credit_topk = ppo.reward_to_go(reward_topk[None], s.discount, document)
+        adv = ppo.topk_advantage(credit, credit_topk.flatten(1))
     adv = adv.flatten()                                                     # (G*P,) the same for all layers
 
-    # update (eq. 7, 8, 10, 11): the language model is not run again
+    # update (eq. 7, 8, 10, 11), layer by layer: the language model is not run again
     if not s.paper:
         optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
     for _ in range(s.epochs):
-        logits = allocators.logits(slice(None), rollout.z)                  # (L,G*P,A)
-        loss, stats = ppo.ppo_loss(logits, rollout.k, rollout.logp, adv, price, CLIP, s.entropy)
-        stats = averaged(stats)
-        if not math.isfinite(stats['loss']):
-            raise InputError(f'ppo: the loss is {stats["loss"]} at step {step}: a NaN in the base model?')
         optimizer.zero_grad()
-        loss.backward()
+        stats = []
+        for layer, (z, k, logp) in enumerate(zip(rollout.z, rollout.k, rollout.logp)):
+            logits = allocators.logits(layer, z)                            # (G*P,A)
+            loss, of_layer = ppo.ppo_loss(logits, k, logp, adv, price, CLIP, entropy)
+            (loss / len(rollout.k)).backward()
+            of_layer['argmax_k'] = (1 + logits.argmax(-1)).float().mean()
+            stats.append(of_layer)
+        row = {name: torch.stack([of_layer[name] for of_layer in stats]).mean().item() for name in stats[0]}
+        row = averaged({**row, 'reward': reward.mean().item(), 'adv_std': adv.std().item()})
+        if not math.isfinite(row['loss']):
+            raise InputError(f'ppo: the loss is {row["loss"]} at step {step}: a NaN in the base model, or an '
+                             f'absurd --price?')
         average_gradients(allocators.parameters())
         optimizer.step()
+    return {'step': step, 'price': price, **row}
 
-    # price: up while the most probable k are too many experts, down while too few
-    argmax_k = (1 + logits.argmax(-1)).float().mean()
-    more = {
-        'argmax_k': argmax_k.item(),
-        'reward': reward.mean().item(),
-        'adv_std': adv.std().item(),
-    }
-    stats.update(averaged(more))
-    if s.price is None:
-        K = model.config.top_k
-        too_many = stats['argmax_k'] - s.budget * K
-        price *= math.exp(PRICE_RATE * too_many / K)
-    return {'step': step, 'price': price, **stats}
+
+def next_price(s, first, log, top_k):
+    """The price of an expert in the next step: up while the most probable k are too many, down while too few.
+
+    In nats; moved in proportion to the mean k that is too much, as it was in all steps and in the last one.
+    It stays within a factor of ten of the first price, so that a budget out of reach does no harm.
+    """
+    if s.price is not None or not log:
+        return first
+    misses = [row['argmax_k'] / top_k - s.budget for row in log]
+    change = PRICE_RATE * sum(misses) + PRICE_DAMPING * misses[-1]
+    return first * min(10, max(0.1, math.exp(change)))
 
 
 def rollout_reward(s, model, inputs, targets, rollout):
@@ -198,7 +208,7 @@ def rollout_reward(s, model, inputs, targets, rollout):
     return reward[1:], reward[0]
 
 
-def train_ppo(s, model, allocators, price, text, log, probe=None, state=None):
+def train_ppo(s, model, allocators, first, text, log, probe=None, state=None):
     """PPO from a first price. Appends one dict per step to `log`; changes `allocators` in place.
 
     probe: windows of other text, on which what training gains is seen. state: a file that holds the run's
@@ -216,7 +226,6 @@ def train_ppo(s, model, allocators, price, text, log, probe=None, state=None):
         facts['start_loss'] = probe.start.mean().item()      # tells another base model or text by its number
     if s.resume:
         log += load_state(state, s, facts, allocators, optimizer, generator)
-        price = log[-1]['price']
         for _ in log:                                          # these batches are done
             next(batches)
         print(f'resumed after step {len(log)} of {s.ppo_steps}')
@@ -224,12 +233,12 @@ def train_ppo(s, model, allocators, price, text, log, probe=None, state=None):
     probed = {}
     with Interrupt() as interrupt:
         for step in range(len(log) + 1, s.ppo_steps + 1):
-            inputs, targets = (z[mine].to(s.device) for z in next(batches))         # (B,T) both
+            batch = [part[mine].to(s.device) for part in next(batches)]     # (B,T) each
             # noise of all ranks' tokens: a token's draw does not depend on how many ranks there are
             noise = torch.rand(L, s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
             noise = noise[:, :, mine].flatten(1)                            # (L,G*P)
-            row = ppo_step(s, step, model, allocators, optimizer, inputs, targets, noise, price)
-            price = row['price']
+            price = next_price(s, first, log, model.config.top_k)
+            row = ppo_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             last = step == s.ppo_steps
             if probe and (last or step % max(1, s.ppo_steps // PROBES) == 0):
                 probed = probe.look(allocators, price)
@@ -253,10 +262,11 @@ def compare(s, model, allocators, families, dial, heldout):
     [(_, tally)] = evaluate(model, dial, [ada])
     mean_k = tally.mean()
     p = calibrate(model, dial, lambda p: TopP(p, c.n_experts), mean_k, 0, 1)
-    family = best_family(families, mean_k)
+    around = mean_k if s.price is not None else s.budget * c.top_k          # known from the start
+    family = best_family(families, around)
 
     def skip(k):
-        return families.policy(family, k, around=mean_k)
+        return families.policy(family, k, around)
     knob = calibrate(model, dial, skip, mean_k, 1, c.top_k)
     policies = {
         'top-k': TopK(c.top_k),
@@ -295,7 +305,12 @@ def main(argv=None):
     s = parse(argv)
     join(s.device)
     check_ranks(s)
-    out = open_run(s.out)
+    with open_run(s.out) as out:
+        run(s, out)
+
+
+def run(s, out):
+    """All stages of a run in its folder; its results are written together, at the end."""
     torch.manual_seed(s.seed)
     start = time.monotonic()
     seconds = {}
@@ -310,9 +325,9 @@ def main(argv=None):
     lap('base')
 
     # allocators: their start, then PPO
-    families = SkipFamilies(model, calibration, s.seq)
+    dial = text.windows(s.seq, s.heldout_tokens // 2)          # what knobs are set on
+    families = SkipFamilies(model, dial)
     allocators, price = new_allocators(s, model, text, families)
-    digest = base_digest(base_folder(s, out))
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
     log = []
@@ -329,23 +344,24 @@ def main(argv=None):
     lap('ppo')
 
     # evaluation
-    dial = text.windows(s.seq, s.heldout_tokens // 2)          # mean k varies by document: take many
     if s.price is None:
         target = s.budget * c.top_k
-        knob = calibrate(model, dial, lambda price: AdaK(allocators, price), target, 5, -5)
+        knob = calibrate(model, dial, lambda price: AdaK(allocators, price), target, 2, -2)
         allocators.price.fill_(knob)
-    allocators.save(out / 'allocator.safetensors', digest)
-    write_log(out / 'log.csv', log)
     rows = compare(s, model, allocators, families, dial, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     bpb = bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer)
+    n_documents = effective_documents(windows[2].flatten())
     lap('evaluation')
 
     # files
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6        # kB on Linux
-    peak_gb = max(gathered(peak))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # kB on Linux, bytes on a Mac
+    peak_gb = max(gathered(peak)) / (1e9 if sys.platform == 'darwin' else 1e6)
     if ranks()[0] > 0:
         return
+    digest = base_digest(base_folder(s, out))
+    allocators.save(out / 'allocator.safetensors', digest, budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
+    write_log(out / 'log.csv', log)
     write_json(out / 'results.json', {
         'run': out.name,
         'seed': s.seed,
@@ -354,12 +370,15 @@ def main(argv=None):
         'peak_gb': peak_gb,
         'ranks': ranks()[1],
         'bits_per_byte': bpb,
+        'effective_documents': n_documents,
         'allocator_params': allocators.n_params(),
         'rows': rows,
     })
     state.unlink()                                             # the run is complete
     training_figure(out / 'training.png', log, c.top_k, s.budget * c.top_k if s.price is None else None)
     print(table(rows))
+    if n_documents < FEW_DOCUMENTS:
+        print(f'errors are rough: the held-out text counts as {n_documents:.1f} documents of equal length')
     print(f'base model: {bpb:.3f} bits per byte on held-out text')
     print(f'{sum(seconds.values()):.0f} s, {peak_gb:.1f} GB; wrote {out}')
 

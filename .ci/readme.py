@@ -10,13 +10,14 @@ from pathlib import Path
 
 root = Path(__file__).parent.parent
 sys.path[:0] = [str(root), str(root / 'tests')]
-import measure_scale  # noqa: E402
+from measure_scale import plan_lines as plan, stream_lines as stream  # noqa: E402, F401
 from run.report import markdown, table as result_rows  # noqa: E402
 from run.speed import speed_table  # noqa: E402
-from study.analysis import findings  # noqa: E402
-from study.bases import bases_table  # noqa: E402
-from study.frontier import frontier_table  # noqa: E402
-from study.recipes import recipe_table  # noqa: E402
+from study.analysis import findings as analysis  # noqa: E402, F401
+from study.bases import columns  # noqa: E402
+from study.frontier import by_budget, table as policy_table  # noqa: E402
+from study.recipes import recipe_table as recipes  # noqa: E402, F401
+from study.study import thousandths  # noqa: E402
 
 DOCUMENTS = 'README.md', 'study/README.md', 'scale/README.md', 'hub/README.md', 'assets/bench.md'
 
@@ -35,7 +36,7 @@ def note_of(base):
 
 
 def bases(r):
-    return f'{bases_table(r)}\n\n{note_of(r["deep"])}'
+    return f'{policy_table(columns(r))}\n\n{note_of(r["deep"])}'
 
 
 def costs(r):
@@ -44,10 +45,9 @@ def costs(r):
     for method in ('random-mix', 'top-p', 'published', 'skip', 'soft', 'ada-k'):
         cells = []
         for base in r.values():
-            rows = [row for row in base['rows']
-                    if row['budget'] == base['budget'] and row['method'].startswith(method)]
+            rows = [row for row in base['rows'] if row['method'].startswith(method)]
             best = min(rows, key=lambda row: row['delta'])
-            cells.append(f'{1000 * best["delta"]:+.1f} ± {1000 * best["delta_se"]:.1f}')
+            cells.append(thousandths(best['delta'], best['delta_se']))
         lines.append([method, *cells])
     heads = [f'{name}: top-{base["K"]}' for name, base in r.items()]
     return f'{markdown(["", *heads], lines)}\n\n({note_of(r["deep"])})'
@@ -56,21 +56,13 @@ def costs(r):
 def frontier(r):
     note = (f'{r["tokens"]:,} held-out tokens of {r["documents"]} files, torch {r["torch"]}; '
             f'± is one standard error.')
-    return f'{frontier_table(r["rows"])}\n\n{note}'
-
-
-def recipes(r):
-    return recipe_table(r)
-
-
-def analysis(r):
-    return findings(r)
+    return f'{policy_table(by_budget(r["rows"]))}\n\n{note}'
 
 
 def tried(r):
     lines = []
     for row in r['rows']:
-        lines.append([row['what'], f'{1000 * row["difference"]:+.1f} ± {1000 * row["se"]:.1f}'])
+        lines.append([row['what'], thousandths(row['difference'], row['se'])])
     return f'{markdown(["what", "minus skip (10⁻³ nats/token)"], lines)}\n\n({r["note"]})'
 
 
@@ -81,14 +73,6 @@ def bench(r):
                f'in bfloat16; {r["seconds"]:.0f} s)')
     return '\n\n'.join([machine, '## Whole models', speed_table(r['beside']),
                         '## The experts of one layer', speed_table(r['dispatch'])])
-
-
-def plan(r):
-    return measure_scale.plan_lines(r)
-
-
-def stream(r):
-    return measure_scale.stream_lines(r)
 
 
 def fill(match):

@@ -4,9 +4,12 @@ Documents are split by a hash of their names: train, calibration (where knobs ar
 every reported number is of).
 """
 import ast
+import collections
 import hashlib
 import io
+import itertools
 import json
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -16,10 +19,13 @@ from hub.files import InputError, reading
 from hub.tokenizer import SURROGATES
 
 KINDS = '.txt', '.jsonl', '.py'
-# not in the default text; pydoc_data is one generated page, as long as all other files of a split together
-LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'pydoc_data'}
+# not in the default text: tests; encodings, one table many times over; pydoc_data, a generated page that is
+# as long as all other files of a split
+LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'encodings', 'pydoc_data'}
+COPIES = {'__MACOSX', '.ipynb_checkpoints'}     # what macOS and Jupyter put beside the files of a user
 FEW = 20                # fewer documents are cut into pieces, so that every split gets some
-PIECE = 65536           # characters of a piece, at most
+PIECES = 160            # so many, or more where these would be longer than
+PIECE = 65536           # characters
 LEAST_PROSE = 200       # characters of a document of prose
 
 
@@ -30,84 +36,104 @@ def read_documents(source, most, prose=False):
     where there are LEAST_PROSE characters of them. InputError names what cannot be read.
     """
     root = Path(source or sysconfig.get_paths()['stdlib'])
-    documents = {}
-    damaged = 0
-    for path in files_of(root, is_data=source):
-        with reading(path):
-            text = path.read_text(encoding='utf-8-sig', errors='replace')
-        damaged += '\ufffd' in text
-        name = path.name if path == root else path.relative_to(root).as_posix()
-        kind = path.suffix.lower()
-        if kind == '.jsonl':
-            documents.update(jsonl_documents(name, text))
-        elif kind == '.py' and prose:
-            written = docstrings_and_comments(text)
-            if len(written) >= LEAST_PROSE:
-                documents[name] = written
-        else:
-            documents[name] = text
+    found = (document for path in files_of(root, source) for document in documents_of(path, root, prose))
+    documents = {name: SURROGATES.sub('\ufffd', text) for name, text in itertools.islice(found, most)}
+    damaged = sum('\ufffd' in text for text in documents.values())
     if damaged and source:
-        print(f'text: {damaged} files hold U+FFFD, or bytes that are no UTF-8 and become it', file=sys.stderr)
-    return {name: SURROGATES.sub('\ufffd', documents[name]) for name in list(documents)[:most]}
+        print(f'text: {damaged} documents hold U+FFFD, or what is no UTF-8 and becomes it', file=sys.stderr)
+    return documents
 
 
 def files_of(root, is_data):
-    """The files to read of a folder, or the one file; is_data: they were asked for by --data."""
-    files = sorted(path for path in [root, *root.rglob('*')] if path.is_file())
-    if not is_data:
-        return [path for path in files
-                if path.suffix == '.py' and not LEFT_OUT & set(path.relative_to(root).parts)]
-    ours = [path for path in files if path.suffix.lower() in KINDS]
+    """The files to read of a folder, or the one file, in order; is_data: they were asked for by --data.
+
+    Linked folders are followed, each folder is read once. A line on stderr says what of --data is left out.
+    """
+    kinds = KINDS if is_data else ['.py']
+    skipped = COPIES if is_data else LEFT_OUT
+    ours = []
+    left_out = collections.defaultdict(list)                   # {what: [path, ..]}
+    visited = set()
+
+    def visit(path):
+        if path.name in skipped or path.name.startswith('._'):
+            left_out['copies of macOS or Jupyter'].append(path)
+        elif os.path.isdir(path):
+            real = path.resolve()
+            if real in visited:
+                return
+            visited.add(real)
+            try:
+                inside = sorted(path.iterdir())
+            except OSError:
+                inside = []
+                left_out['folders that cannot be listed'].append(path)
+            for each in inside:
+                visit(each)
+        elif not os.path.isfile(path):
+            left_out['names without a regular file'].append(path)
+        elif path.suffix.lower() not in kinds:
+            left_out['files of other kinds'].append(path)
+        else:
+            ours.append(path)
+
+    visit(root)
+    said = '; '.join(f'{len(paths)} {what}, such as {paths[0]}' for what, paths in left_out.items())
     if not ours:
-        raise InputError(f'--data {root}: no {", ".join(KINDS)} file there; unpack or convert what there is')
-    others = sorted(set(files) - set(ours))
-    if others:
-        print(f'text: {len(others)} files of other kinds are left out, such as {others[0].name}',
-              file=sys.stderr)
+        raise InputError(f'--data {root}: no {", ".join(kinds)} file there; unpack or convert what there is '
+                         f'({said or "it is empty"})')
+    if said and is_data:
+        print(f'text: left out: {said}', file=sys.stderr)
     return ours
+
+
+def documents_of(path, root, prose):
+    """Yield the (name, text) of every document in a file, as it is read. InputError names file or row."""
+    name = path.name if path == root else path.relative_to(root).as_posix()
+    kind = path.suffix.lower()
+    # rows of .jsonl end at \n alone: JSON may hold other line ends bare
+    line_end = '\n' if kind == '.jsonl' else None
+    with reading(path), open(path, encoding='utf-8-sig', errors='replace', newline=line_end) as f:
+        if kind == '.jsonl':
+            yield from row_texts(f, name)
+            return
+        text = f.read()
+    if kind == '.py' and prose:
+        text = docstrings_and_comments(text)
+        if len(text) < LEAST_PROSE:
+            return
+    yield name, text
 
 
 def docstrings_and_comments(source):
     """The prose of Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
     pieces = []
+    starts_statement = True                                    # a string that does is a docstring
     try:
-        for t, starts_statement in python_tokens(source):
+        for t in generate_tokens(io.StringIO(source).readline):
             if t.type == COMMENT:
                 pieces.append(t.string.lstrip('#').strip())
             elif t.type == STRING and starts_statement:
                 pieces.append(str(ast.literal_eval(t.string)).strip())
+            if t.type not in (NL, COMMENT):
+                starts_statement = t.type in (NEWLINE, INDENT, DEDENT)
     except (TokenError, SyntaxError, ValueError):
         pass
     return '\n'.join(pieces)
 
 
-def python_tokens(source):
-    """(token, does it start a statement?) of the standard library's tokenizer, whose errors pass through.
-
-    A string that starts a statement is a docstring.
-    """
-    starts_statement = True
-    for t in generate_tokens(io.StringIO(source).readline):
-        yield t, starts_statement
-        if t.type not in (NL, COMMENT):
-            starts_statement = t.type in (NEWLINE, INDENT, DEDENT)
-
-
-def jsonl_documents(name, text):
-    """{name:line: text} of a .jsonl file: objects with a `text`, or with `messages` of role and content.
-
-    Rows end at \\n alone: JSON may hold other line ends bare.
-    """
-    documents = {}
-    for number, line in enumerate(text.split('\n'), 1):
-        if line.strip():
-            where = f'{name}:{number}'
-            try:
-                documents[where] = row_text(json.loads(line))
-            except Exception:                                  # whatever JSON of another shape leads to
-                raise InputError(f'--data {where}: no JSON object with a `text`, or with `messages` of role '
-                                 f'and text; correct or remove it') from None
-    return documents
+def row_texts(rows, name):
+    """Yield (name:line, text) of the rows of .jsonl: each has a `text`, or `messages` of role and content."""
+    for number, row in enumerate(rows, 1):
+        if row.isspace():
+            continue
+        where = f'{name}:{number}'
+        try:
+            # numbers are not used, and int refuses those of more than 4,300 digits
+            yield where, row_text(json.loads(row, parse_int=float))
+        except Exception:                                      # whatever JSON of another shape leads to
+            raise InputError(f'--data {where}: no JSON object with a `text`, or with `messages` of role and '
+                             f'text; correct or remove it') from None
 
 
 def row_text(row):
@@ -129,22 +155,25 @@ def split_documents(documents):
     """
     texts = documents
     if len(documents) < FEW:
-        size = max(1, min(PIECE, sum(map(len, documents.values())) // FEW))
+        size = max(1, min(PIECE, sum(map(len, documents.values())) // PIECES))
         texts = {}
         for name, text in documents.items():
             for at in range(0, len(text), size):
                 texts[f'{name}:{at}'] = text[at:at + size]
-    ranked = sorted(texts, key=digest)
+    ranked = sorted(texts, key=lambda name: hashlib.sha256(encoded(name)).digest())
     tenth = max(1, len(ranked) // 10)
     parts = ranked[2 * tenth:], ranked[:tenth], ranked[tenth:2 * tenth]
     return [[texts[name] for name in part] for part in parts]
 
 
 def text_digest(documents):
-    """A digest of names and texts."""
-    return digest(''.join(f'{name}\0{documents[name]}\0' for name in sorted(documents)))
+    """The sha256 of names and texts."""
+    together = hashlib.sha256()
+    for name in sorted(documents):
+        together.update(encoded(f'{name}\0{documents[name]}\0'))
+    return together.hexdigest()
 
 
-def digest(text):
-    """The sha256 of a text; on Linux a file name need not be UTF-8."""
-    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
+def encoded(text):
+    """UTF-8; on Linux a file name need not be."""
+    return text.encode(errors='surrogateescape')

@@ -53,7 +53,8 @@ def base_model(s, out):
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
                          f'the model has only {model.config.n_vocab} tokens')
     with torch.no_grad():
-        logits = model(train.tokens[None, :s.seq].to(model.device))         # (1,T,V)
+        inputs, _, _ = train.windows(s.seq, limit=1)
+        logits = model(inputs.to(model.device))                             # (1,T,V)
     if not logits.isfinite().all():
         raise InputError(f'{folder}: the base model gives NaN on ordinary text')
     return model, tokenizer, texts
@@ -69,11 +70,15 @@ def is_there(folder, recipe, fresh=False):
 
     InputError if another base is there, or one would be replaced that is not this program's alone.
     """
+    if folder.is_symlink() and (fresh or not folder.exists()):
+        raise InputError(f'{folder} is a link, and no base can be learnt into it: remove it, or give a folder '
+                         f'elsewhere with --out')
     if not folder.exists():
         return False
     path = folder / 'recipe.json'
     old = read_json(path) if path.exists() else {}
-    others = {path.name for path in folder.iterdir()} - BASE_FILES
+    files = {path.name for path in folder.iterdir()}
+    others = files - BASE_FILES
     if (fresh and others) or not recipe.keys() <= old.keys():
         foreign = min(others, default='no recipe.json of this program')
         raise InputError(f'{folder} holds {foreign}: move it away, or choose another --out')
@@ -83,6 +88,8 @@ def is_there(folder, recipe, fresh=False):
         if old[name] != value:
             raise InputError(f'{folder} was learnt with another {name}: '
                              f'choose another --out, or --fresh to learn it again')
+    if BASE_FILES - files:
+        raise InputError(f'{folder} is not complete, it lacks {min(BASE_FILES - files)}: --fresh learns it again')
     print(f'base: {folder} is there, used again')
     return True
 

@@ -106,7 +106,7 @@ def learn_base(s, config, text):
     batches = text.batches(BATCH, s.seq, torch.Generator().manual_seed(0))
     progress = Progress('base', s.base_steps)
     for step in range(1, s.base_steps + 1):
-        inputs, targets = next(batches)                                     # (B,T) both
+        inputs, targets, _ = next(batches)                                  # (B,T) each
         router_probs = []                                                   # (P,N), layer by layer
         policy = Watched(
             TopK(config.top_k),

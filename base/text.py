@@ -11,6 +11,7 @@ import torch
 
 from hub.files import InputError
 from hub.tokenizer import byte_characters
+from run.console import Progress
 
 SEPARATOR = '<|endoftext|>'     # behind every document
 # words with the space before them, digits, symbols with the line end after them, line ends, indentation
@@ -22,8 +23,20 @@ PATTERN = r' ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 @dataclass
 class Text:
     """A split of the text as one stream of tokens, a separator behind every document."""
-    tokens: torch.Tensor            # (n,) int64
+    tokens: torch.Tensor            # (n,) whole numbers; int32 where memory counts, batches are int64
     document: np.ndarray            # (n,) the number of the document each token belongs to
+    front: tuple = ()               # the ids that the tokenizer puts in front of a text
+
+    def at(self, place):
+        """The tokens at `place` (n,T) int64, those behind them, and the documents of the latter.
+
+        A model that was trained with a token in front of every text attends to it all the time, so that stands
+        where a window begins, in place of the text's own token. It is never a target.
+        """
+        inputs = self.tokens[place].long()
+        for i, front in enumerate(self.front):
+            inputs[:, i] = front
+        return inputs, self.tokens[place + 1].long(), self.document[place + 1]
 
     def windows(self, T, limit=None):
         """(inputs, targets, documents), each (n,T), of consecutive windows.
@@ -34,35 +47,38 @@ class Text:
         wanted = n if limit is None else min(n, max(1, limit // T))
         chosen = np.linspace(0, n - 1, wanted).astype(int)
         at = torch.from_numpy(chosen)[:, None] * T + torch.arange(T)                        # (n,T)
-        return self.tokens[at], self.tokens[at + 1], self.document[at + 1]
+        return self.at(at)
 
     def batches(self, B, T, generator):
-        """Endless random batches (inputs, targets), (B,T) each; every token once before any token twice."""
+        """Endless random batches as `windows` (B,T); every token once before any token twice."""
         while True:
             offset = torch.randint(T, (1,), generator=generator).item()
             n = (len(self.tokens) - offset - 1) // T
             for chosen in torch.randperm(n, generator=generator).split(B):
                 if len(chosen) == B:
                     at = offset + chosen[:, None] * T + torch.arange(T)                     # (B,T)
-                    yield self.tokens[at], self.tokens[at + 1]
+                    inputs, targets, document = self.at(at)
+                    yield inputs, targets, torch.from_numpy(document)
 
 
 def tokenize(texts, tokenizer, T, name, B=0):
     """A Text of the documents. InputError where there are too few tokens for one sequence, or one batch of B.
 
-    A batch begins at an offset of up to T - 1 tokens.
+    A batch begins at an offset of up to T - 1 tokens. 8 bytes are kept of a token: text may be gigabytes.
     """
-    ids = []
-    document = []
-    for i, text in enumerate(texts):
-        new = tokenizer.document(text)
-        ids += new
-        document += [i] * len(new)
+    progress = Progress(f'load {name} text', len(texts))
+    parts = []
+    for i, text in enumerate(texts, 1):
+        parts.append(np.array(tokenizer.document(text), np.int32))
+        progress(i, None)
+    lengths = [len(part) for part in parts]
+    n = sum(lengths)
     least = max(T + 1, (B + 1) * T)
-    if len(ids) < least:
-        raise InputError(f'--data: the {name} split has {len(ids)} tokens, {max(1, B)} sequences of {T} need '
+    if n < least:
+        raise InputError(f'--data: the {name} split has {n} tokens, {max(1, B)} sequences of {T} need '
                          f'{least}: give more text, a shorter --seq or a smaller --ppo-batch')
-    return Text(torch.tensor(ids), np.array(document))
+    document = np.arange(len(parts), dtype=np.int32).repeat(lengths)
+    return Text(torch.from_numpy(np.concatenate(parts)), document, tuple(tokenizer.front))
 
 
 # ================================================================ byte-pair encoding, learnt

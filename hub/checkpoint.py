@@ -31,7 +31,8 @@ CHECKPOINTS = {
 def find_checkpoint(name, config_only=False):
     """The folder of --ckpt: itself, checkpoints/NAME, or a snapshot in the Hugging Face cache.
 
-    InputError says how to get what is not there; `config_only`: its config.json is all that is wanted.
+    InputError says how to get what is not there. `config_only`: a folder with config.json will do, and None
+    is returned where there is none, for hub/config.py:PUBLISHED has the sizes.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -43,8 +44,9 @@ def find_checkpoint(name, config_only=False):
     for folder in (here, cached(hub_id)):
         if any(folder.glob(wanted)):
             return folder
-    raise InputError(f'--ckpt {name}: neither in {here} nor in the Hugging Face cache; get it with: '
-                     f"hf download {hub_id} --include '*.json' '{wanted}' --local-dir {here}")
+    if not config_only:
+        raise InputError(f'--ckpt {name}: neither in {here} nor in the Hugging Face cache; get it with: '
+                         f"hf download {hub_id} --include '*.json' '{wanted}' --local-dir {here}")
 
 
 def cached(hub_id):
@@ -81,11 +83,11 @@ def weight_dtype(folder):
     folder = Path(folder)
     if not any(folder.glob('*.safetensors')):
         return torch.bfloat16
-    largest, n_bytes = None, 0
+    tensors = []
     for file in weight_files(folder):
-        for dtype, _, begin, stop in read_header(folder / file)[0].values():
-            if stop - begin > n_bytes:
-                largest, n_bytes = dtype, stop - begin
+        layout, _ = read_header(folder / file)
+        tensors += layout.values()
+    largest, *_ = max(tensors, key=lambda t: t[3] - t[2], default=[None])
     return largest if largest in (torch.bfloat16, torch.float16) else torch.float32
 
 

@@ -49,6 +49,37 @@ SUPPORTED = {
 LARGEST = {int: 2 ** 20, float: 1e15}
 MOST_EXPERTS = 100_000      # of all layers
 
+# the published models by their short names, for what needs no more than their sizes
+PUBLISHED = {
+    # the first fields of Config: family, V, C, layers, H, key and value heads, D, N, K, F
+    'mixtral-8x7b': Config(
+        'mixtral', 32000, 4096, 32, 32, 8, 128, 8, 2, 14336,
+        rope_theta=1e6, max_len=32768,
+    ),
+    'mixtral-8x22b': Config(
+        'mixtral', 32000, 6144, 56, 48, 8, 128, 8, 2, 16384,
+        rope_theta=1e6, max_len=65536,
+    ),
+    'qwen1.5-moe': Config(
+        'qwen2_moe', 151936, 2048, 24, 16, 16, 128, 60, 4, 1408,
+        norm_topk=False, shared_dim=5632, shared_gate=True, qkv_bias=True,
+        rope_theta=1e6, norm_eps=1e-6, max_len=8192,
+    ),
+    'deepseek-moe-16b': Config(
+        'deepseek', 102400, 2048, 28, 16, 16, 128, 64, 6, 1408,
+        norm_topk=False, shared_dim=2816, dense_layers=(0,), dense_dim=10944,
+        norm_eps=1e-6, max_len=4096,
+    ),
+    'olmoe-1b-7b': Config(
+        'olmoe', 50304, 2048, 16, 16, 16, 128, 64, 8, 1024,
+        norm_topk=False, qk_norm='all', max_len=4096,
+    ),
+    'qwen3-30b-a3b': Config(
+        'qwen3_moe', 151936, 2048, 48, 32, 4, 128, 128, 8, 768,
+        qk_norm='head', rope_theta=1e6, norm_eps=1e-6, max_len=40960,
+    ),
+}
+
 
 class Fields:
     """The values of a config.json, each of the right type, or one line that names it."""
@@ -103,11 +134,7 @@ def from_hf(hf, where='config.json'):
     fields = {ours: f.get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()}
     c = Config(model_type=family, **fields)
 
-    experts = 'num_experts'
-    for name in EXPERTS:
-        if hf.get(name) is not None:
-            experts = name
-    c.n_experts = f.get(experts)
+    c.n_experts = f.get(next(filter(hf.get, EXPERTS), 'num_experts'))
     one_width = family in ('mixtral', 'olmoe')                  # else dense layers have another
     c.expert_dim = f.get('intermediate_size' if one_width else 'moe_intermediate_size')
     c.norm_topk = family == 'mixtral' or f.get('norm_topk_prob', False)
@@ -143,11 +170,10 @@ def dense_layers(f, n_layers):
     qwen_step = f.get('decoder_sparse_step', 1)
     deepseek_first = f.get('first_k_dense_replace', 0)
     deepseek_step = f.get('moe_layer_freq', 1)
-    dense = []
-    for i in range(n_layers):
-        if i in plain or (i + 1) % qwen_step or i < deepseek_first or i % deepseek_step:
-            dense.append(i)
-    return tuple(dense)
+    return tuple(
+        i for i in range(n_layers)
+        if i in plain or (i + 1) % qwen_step or i < deepseek_first or i % deepseek_step
+    )
 
 
 def token_ids(values, name, where):

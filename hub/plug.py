@@ -5,11 +5,14 @@ hook on each router asks the policy for k and gives the unused choices weight 0 
 the last expert: `eager` experts skip it, `grouped_mm` experts compute no rows for it once they are told, as
 under expert parallelism, that such indices exist. Tried with transformers 5.23; 5.17 and 5.2 are refused.
 """
-import copy
+import contextlib
+import inspect
+import threading
+import warnings
 
 import torch
 
-from allocator import AdaK, Allocators, Counted
+from allocator import AdaK, Allocators, Counted, Watched
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
@@ -23,65 +26,189 @@ ROUTERS = {
 }
 
 
+# ================================================================ in and out
+
 def attach(model, policy):
     """Let a policy of allocator.py, or that of an allocator file, decide k in the model -> its Tally.
 
-    model: a ...ForCausalLM. InputError, and an untouched model, for a family or version that is not known, a
-    router that was changed before, quantised experts, or allocators of another base.
+    model: of AutoModelForCausalLM or AutoModel, wherever its layers lie, also inside PEFT's or torch.compile's
+    wrapper. InputError, and an untouched model, for a family or version that is not known, a router that was
+    changed before, quantised experts, or allocators of another base.
     """
-    blocks, config = check_blocks(model)
+    model, decoder = unwrap(model)
+    blocks, config = check_blocks(decoder)
     if not callable(policy):
-        weights = []                                           # hub/checkpoint.py:weights_digest
-        for block in blocks:
-            weights.append(block.gate.weight)                               # (N,C)
-            weights.append(block.experts.down_proj[:, 0])                   # (N,F)
-        base = weights_digest(weights)
+        base = weights_digest(digest_weights(blocks))
         policy = AdaK(Allocators.load(policy, config, base))
     if policy.k_max > config.n_experts:
         raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
-    tally.blocks = blocks
-    tally.handles = [model.register_forward_pre_hook(tally.see, with_kwargs=True)]
+    undo = tally.undo.callback
+    undo(decoder.register_forward_pre_hook(tally.begin, with_kwargs=True).remove)
+    undo(decoder.register_forward_hook(tally.end, always_call=True).remove)
     for layer, block in enumerate(blocks):
-        there = on_device(policy, block.gate.weight.device)
-        hook = router_hook(layer, there, config, tally)
-        tally.handles.append(block.gate.register_forward_hook(hook))
+        undo(block.gate.register_forward_hook(router_hook(layer, policy, config, tally)).remove)
+        undo(setattr, block.experts, '_is_expert_parallel', block.experts._is_expert_parallel)
         block.experts._is_expert_parallel = True
-    model._ada_k = tally
+    criteria = getattr(model, '_get_stopping_criteria', None)
+    if criteria:                                               # it can generate
+        model._get_stopping_criteria = lambda *args, **kwargs: Ends(criteria(*args, **kwargs), tally.here)
+        undo(delattr, model, '_get_stopping_criteria')
+    decoder._ada_k = tally
+    torch.compiler.reset()                                     # what was compiled before knows no hooks
     return tally
 
 
 def detach(model):
     """Take the policy out again: the model computes what it did before, to the last bit."""
-    tally = vars(model).pop('_ada_k', None)
+    _, decoder = unwrap(model)
+    tally = vars(decoder).pop('_ada_k', None)
     if tally is None:
         raise InputError('detach: no policy is attached to this model')
-    for handle in tally.handles:
-        handle.remove()
-    for block in tally.blocks:
-        block.experts._is_expert_parallel = False
+    tally.undo.close()
+    torch.compiler.reset()
+
+
+def unwrap(model):
+    """(the model of transformers inside its wrappers, the same without a head)."""
+    while not hasattr(type(model), 'base_model_prefix'):
+        if hasattr(model, '_orig_mod'):                        # of torch.compile
+            model = model._orig_mod
+        elif hasattr(model, 'get_base_model'):                 # of PEFT
+            model = model.get_base_model()
+        else:
+            raise InputError(f'attach, detach: {type(model).__name__} is no model of transformers')
+    return model, model.base_model
+
+
+def digest_weights(blocks):
+    """What hub/checkpoint.py:weights_digest asks for, one layer after the other."""
+    for block in blocks:
+        yield weight_of(block.gate, 'weight')                               # (N,C)
+        yield weight_of(block.experts, 'down_proj')[:, 0]                   # (N,F)
+
+
+def weight_of(module, name):
+    """A weight of a module, also while accelerate keeps it on the disk or on the CPU (device_map)."""
+    weight = getattr(module, name)
+    return module._hf_hook.weights_map[name] if weight.is_meta else weight
+
+
+# ================================================================ what is counted
+
+class Pass(threading.local):
+    """A pass through the model, of which each thread may have one."""
+    real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: no pass
+    ended = None                    # which rows of its generate have ended, (B,) bool; None: none
 
 
 class Tally(Counted):
-    """How often each k was chosen in each layer, `counts` (L,k_max+1), at tokens that are no padding."""
-    real = None                     # which tokens of this pass, (P,) bool; None: all
+    """How often each k was chosen in each layer, `counts` (L,k_max+1), at the tokens that are real.
 
-    def see(self, model, args, kwargs):
-        """Before every pass: which of its tokens are real, by the attention mask where there is one."""
-        mask = kwargs.get('attention_mask')
-        ids = kwargs.get('input_ids', args[0] if args else None)
-        self.real = None
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None:
-            self.real = mask[:, -ids.shape[1]:].flatten().bool()
+    Neither padding is, nor what generate feeds to rows of its batch that have ended. `unsure`: in how many
+    passes the mask did not tell which tokens are real; none of these is counted. All beams of a search are.
+    """
+
+    def __init__(self, policy, n_layers):
+        Watched.__init__(self, policy, self.count)
+        self.by_layer = [torch.zeros(policy.k_max + 1, dtype=torch.long)] * n_layers
+        self.unsure = 0
+        self.here = Pass()
+        self.lock = threading.Lock()
+        self.undo = contextlib.ExitStack()                     # what detach does
+
+    @property
+    def counts(self):
+        return torch.stack([counts.cpu() for counts in self.by_layer])
+
+    @torch.compiler.disable
+    def begin(self, decoder, args, kwargs):
+        """Before every pass: which of its tokens are real."""
+        given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        x = given.get('input_ids')                                          # (B,T)
+        if x is None:
+            x = given['inputs_embeds']                                      # (B,T,C)
+        cache = given.get('past_key_values')
+        past = cache.get_seq_length() if cache else 0
+        real = real_tokens(x, given.get('attention_mask'), past)
+        if real is None:
+            warnings.warn('attach: a pass is not counted: its mask does not tell which tokens are padding')
+            with self.lock:
+                self.unsure += 1
+            real = torch.zeros(x.shape[:2], device=x.device)
+        ended = self.here.ended
+        if ended is not None and len(ended) == len(x):
+            real = real * ~ended[:, None]
+        self.here.ended = None                                 # until generate looks again
+        self.here.real = real.flatten().long()
+
+    @torch.compiler.disable
+    def end(self, decoder, args, outputs):
+        self.here.real = None
 
     def count(self, layer, x, probs, k):
-        if self.real is not None:
-            k = k[self.real.to(k.device)]
-        super().count(layer, x, probs, k.to(self.counts.device))
+        """Adds on the device of k (P,): no GPU waits for the host."""
+        real = self.here.real
+        if real is not None:                                   # else a layer by itself, or again for backward
+            with self.lock:
+                counts = self.by_layer[layer].to(k.device)
+                self.by_layer[layer] = counts.scatter_add(0, k, real.to(k.device))
 
+    def __reduce_ex__(self, protocol):
+        raise InputError('a policy is attached to this model: detach it before you copy or pickle the model')
+
+
+class Ends(list):
+    """The stopping criteria of a generate, which notes after every pass which rows have ended."""
+
+    def __init__(self, criteria, here):
+        super().__init__(criteria)
+        self.criteria = criteria
+        self.max_length = criteria.max_length
+        self.here = here
+        self.stopped = False                                   # (B,) bool
+
+    def __call__(self, ids, scores, **kwargs):
+        stops = self.criteria(ids, scores, **kwargs)                        # (B,) bool
+        self.stopped = self.stopped | stops
+        ended = self.stopped
+        for criterion in self:
+            rows = getattr(criterion, 'done_tracker', [])      # lm-eval's lets a row that has ended run on
+            if len(rows) == len(ids):
+                ended = ended | torch.tensor(rows, device=ids.device)
+        self.here.ended = None if self.stopped.all() else ended
+        return stops
+
+
+def real_tokens(x, mask, past):
+    """Which tokens are no padding, (B,T) bool; None where the mask does not tell.
+
+    x (B,T) or (B,T,C) behind `past` tokens in a cache. mask: None; (B,past+T); (B,1,T,S), bool or added to
+    the scores, in which a token is real that sees itself; or a dict of masks of one padding. Those for a
+    static cache are as wide as the cache.
+    """
+    T = x.shape[1]
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()))
+    if mask is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < T:
+        return None
+    first = torch.as_tensor(past, device=mask.device).clamp(max=mask.shape[-1] - T)
+    t = torch.arange(T, device=mask.device)
+    if mask.dim() == 2:
+        return mask[:, first + t].bool()
+    own = mask[:, 0, t, first + t]
+    if own.dtype != torch.bool:
+        own = own == 0
+    return own.expand(x.shape[:2])
+
+
+# ================================================================ the hook, and what it may be put into
 
 def router_hook(layer, policy, config, tally):
     """A forward hook (router, inputs, outputs) -> outputs with the policy's choices."""
+    @torch.compiler.disable
     def hook(router, args, outputs):
         logits, weights, _ = outputs
         x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
@@ -97,28 +224,21 @@ def router_hook(layer, policy, config, tally):
     return hook
 
 
-def on_device(policy, device):
-    """The policy where a layer is: transformers may spread a model over devices."""
-    if isinstance(policy, AdaK) and policy.maps[0][0].device != device:
-        policy = copy.copy(policy)
-        policy.maps = [(weight.to(device), bias.to(device)) for weight, bias in policy.maps]
-    return policy
-
-
-def check_blocks(model):
+def check_blocks(decoder):
     """([the MoE blocks in order], Config) of a model; InputError unless transformers 5.23 built them so."""
-    config = from_hf(model.config.to_dict(), 'attach: the config of the model')
-    blocks = [model.model.layers[i].mlp for i in config.moe_layers]
+    config = from_hf(decoder.config.to_dict(), 'attach: the config of the model')
+    blocks = [decoder.layers[i].mlp for i in config.moe_layers]
     for block in blocks:
         router, experts = block.gate, block.experts
         forward = 'forward' in vars(router) and not hasattr(router, '_hf_hook')     # accelerate's is fine
+        hooks = {hook.__module__ for hook in router._forward_hooks.values()}
         known = (
             type(router).__name__ == ROUTERS.get(config.model_type)
             and not forward
-            and not router._forward_hooks
-            and hasattr(experts, '_is_expert_parallel')
+            and hooks <= {'transformers.utils.output_capturing'}            # of output_hidden_states, ..
+            and '_is_expert_parallel' in vars(experts)
             and experts.gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and model.config._experts_implementation in ('eager', 'grouped_mm', 'batched_mm')
+            and decoder.config._experts_implementation in ('eager', 'grouped_mm', 'batched_mm')
         )
         if not known:
             raise InputError(f'attach: {type(router).__name__} and {type(experts).__name__} are of another '

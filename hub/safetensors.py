@@ -28,9 +28,9 @@ LONGEST_HEADER = 100_000_000        # bytes, as in the reference implementation
 READERS = 4                         # threads that read a file: one does not reach what a disk can give
 
 
-def write_safetensors(path, tensors, metadata=None):
+def write_safetensors(path, tensors, metadata={}):
     """Write {name: tensor}, and a {str: str} that the header keeps."""
-    header = {'__metadata__': {'format': 'pt', **(metadata or {})}}
+    header = {'__metadata__': {'format': 'pt', **metadata}}
     end = 0
     for name, t in tensors.items():
         begin, end = end, end + t.nbytes

@@ -43,7 +43,8 @@ PRE_TOKENIZERS = {              # the pattern whose matches become pieces, as wh
 SPLIT = re.compile(
     r'\{"behavior": "Isolated", "invert": false, "pattern": \{"Regex": ".*"\}, "type": "Split"\}')
 ORDER = '((Split|Digits) )*ByteLevel|(Metaspace)?'
-NO_OPTIONS = 'unk_token', 'fuse_unk'            # of a model: all bytes have tokens, nothing is unknown
+# of a model what changes no id: all bytes have tokens, nothing is unknown
+NO_OPTIONS = 'type', 'vocab', 'merges', 'unk_token', 'fuse_unk'
 DECODERS = {'ByteLevel', 'ByteFallback', 'Fuse', 'Metaspace', 'Replace', 'Strip'}
 
 # The patterns of tokenizer.json are written for Oniguruma. What is in here means the same to `regex`, with
@@ -59,7 +60,7 @@ class Tokenizer:
     """Text to token ids and back, by the tokenizer.json in a checkpoint folder.
 
     front: the ids that stand before every text, and behind: those after a prompt; eos: the id behind a
-    document, or None; stops: all ids that end a generated text; added {content: id}; bytes_of_id {id: bytes};
+    document, or None; stops: all ids that end a generated text; ids {piece: id}; bytes_of_id {id: bytes};
     n_vocab, one more than the largest id. InputError names the file and what in it is damaged or unknown.
     """
 
@@ -71,16 +72,16 @@ class Tokenizer:
         with reading(path):
             try:
                 self.read_steps(hf)
-            except (AttributeError, KeyError, TypeError, ValueError) as what:
+            except Exception as what:
                 self.hand_over(path, what)
             decoders = {step['type'] for step in steps_of(hf.get('decoder'))}
             if decoders - DECODERS:
                 raise ValueError(f'the decoder {decoders - DECODERS} is not supported')
             byte_level = 'ByteLevel' in str(decoders or hf.get('pre_tokenizer'))
-            self.bytes_of_id = {}
-            for piece, i in self.ids.items():
-                added = piece in self.added
-                self.bytes_of_id[i] = piece.encode() if added else spelt(piece, byte_level)
+            self.bytes_of_id = {i: spelt(piece, byte_level) for piece, i in self.ids.items()}
+            for token in hf.get('added_tokens', []):
+                content = token['content']
+                self.bytes_of_id[self.ids[content]] = content.encode()
             self.n_vocab = max(self.bytes_of_id) + 1
         self.drops_space = False
         self.drops_space = not byte_level and self.decode(self.encode('a')).startswith(' ')
@@ -96,10 +97,6 @@ class Tokenizer:
         self.library.no_truncation()
         self.library.no_padding()
         self.ids = self.library.get_vocab()
-        self.added = {
-            token.content: i
-            for i, token in self.library.get_added_tokens_decoder().items()
-        }
         found = self.library.encode('a.')
         at = found.sequence_ids.index(0)
         self.front = found.ids[:at]
@@ -125,18 +122,13 @@ class Tokenizer:
         if not re.fullmatch(ORDER, kinds):
             raise ValueError(f'the pre_tokenizer {kinds}')
         self.ids = hf['model']['vocab']
-        merges = hf['model']['merges']
-        options = {
-            name: value
-            for name, value in hf['model'].items()
-            if value and name not in ('vocab', 'merges', *NO_OPTIONS)
-        }
         byte_level = 'ByteLevel' in kinds
-        if options != {'type': 'BPE'} | ({} if byte_level else {'byte_fallback': True}):
-            raise ValueError(f'the model {options}')
+        options = [name for name, value in hf['model'].items() if value and name not in NO_OPTIONS]
+        if options != ([] if byte_level else ['byte_fallback']):
+            raise ValueError(f'a model with the options {options}')
         if sorted(self.ids.values()) != list(range(len(self.ids))):
             raise ValueError('a vocabulary whose ids are not 0, 1, 2, ...')
-        ids_of = ids_of_bytes(self.ids, merges, byte_level)
+        ids_of = ids_of_bytes(self.ids, hf['model']['merges'], byte_level)
         self.ids_of_rank = list(ids_of.values())
         self.engine = tiktoken.Encoding(
             'pieces',
@@ -156,7 +148,6 @@ class Tokenizer:
 
     def read_added(self, tokens):
         """The added tokens, numbered as by the library, whatever their `id` says."""
-        self.added = {}
         self.sought = {}                                # what is looked for: (id, is it special?)
         keys = {False: ['\ud800'], True: ['\ud800']}    # before the normalizer, and behind it; never empty
         for token in tokens:
@@ -169,9 +160,9 @@ class Tokenizer:
                     'lstrip': False,
                     'rstrip': False,
                 } if content:
-                    self.added[content] = self.ids.setdefault(content, len(self.ids))
+                    i = self.ids.setdefault(content, len(self.ids))
                     key = self.normalise(content) if normalized else content
-                    self.sought[key] = self.added[content], special
+                    self.sought[key] = i, special
                     keys[normalized].append(key)
                 case _:
                     raise ValueError(f'the added token {token}')
@@ -291,9 +282,12 @@ class Tokenizer:
 
 def byte_characters():
     """GPT-2's printable stand-in for each byte, as tokenizer.json spells pieces: 65 -> 'A', 32 -> 'Ġ'."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in own]
-    return [chr(b) if b in own else chr(256 + other.index(b)) for b in range(256)]
+    others = itertools.count(256)
+    names = []
+    for b in range(256):
+        visible = chr(b).isprintable() and chr(b) != ' '
+        names.append(chr(b if visible else next(others)))
+    return names
 
 
 BYTE_OF_CHARACTER = {name: bytes([b]) for b, name in enumerate(byte_characters())}
@@ -308,18 +302,18 @@ def spelt(piece, byte_level):
 
 
 def steps_of(step):
-    """The steps within a step of tokenizer.json, sequences laid open."""
+    """The steps of a part of tokenizer.json: one, those of a sequence, or none."""
     if not step:
         return []
     if step['type'] != 'Sequence':
         return [step]
     [inner] = [value for value in step.values() if value != 'Sequence']
-    return sum(map(steps_of, inner), [])
+    return inner
 
 
 def modelled(step, table):
     """What a step does, by the table of those that are modelled; of a Split, its pattern."""
-    step = {name: value for name, value in step.items() if name != 'trim_offsets'}
+    step.pop('trim_offsets', None)                      # it changes no id
     spelling = json.dumps(step, sort_keys=True, ensure_ascii=False)
     if SPLIT.fullmatch(spelling) and SAME_PATTERN.fullmatch(step['pattern']['Regex']):
         return step['pattern']['Regex']

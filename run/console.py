@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hub.files import InputError, write_whole
+from hub.files import InputError
 from run.ranks import join, leave, ranks
 
-MARK = '.ada-k'         # an empty file in every folder that holds files of this program
+MARK = '.ada-k'         # a file in every folder that holds files of this program
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -68,7 +68,7 @@ def open_out(name, *files):
             raise InputError(f'{out / file} was not written by this program: choose another --out')
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / MARK, lambda f: None)
+        (out / MARK).touch()
     except OSError as e:
         raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
     return out

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 import ppo
-from allocator import AdaK, Counted, bisect
+from allocator import AdaK, Counted, find_knob
 from moe_dispatch import flops
 from run.ranks import gathered, ranks
-from scale.memory import LOGITS
+from scale.memory import LOGITS, PASS_TOKENS
 
-SEQUENCES = 32          # of a pass
-BLOCKS = 16             # of one document, whose tokens say nothing about how documents differ
+BLOCKS = 16             # a document longer than this part of the text counts as several
 
 
 @torch.no_grad()
@@ -34,15 +33,14 @@ def evaluate(model, windows, policies, expected=False):
     losses = [torch.zeros(len(deciders), 0)]
     most = -(-len(windows[0]) // size)                         # windows of the rank that has most
     T = inputs.shape[1]
-    few = SEQUENCES                                            # windows of a sweep over the layers
-    while 2 * few * T <= model.tokens_per_visit:
-        few *= 2
+    of_pass = max(1, PASS_TOKENS // T)                         # windows
+    few = max(of_pass, model.tokens_per_visit // T)            # windows of a sweep over the layers
     for at in range(0, most, few):                             # on every rank, even if nothing is left for it
         x = inputs[at:at + few]
         y = targets[at:at + few]
         passes = []
         for policy in deciders:
-            for batch in x.split(SEQUENCES):
+            for batch in x.split(of_pass):
                 if len(batch):
                     passes.append((batch, policy))
         hidden = model.hidden_of(passes)
@@ -66,34 +64,60 @@ def rewards(model, hidden, targets, expected):
     few = max(1, LOGITS // (len(hidden) * model.config.n_vocab))            # tokens
     found = []
     for h, y in zip(hidden.split(few, dim=1), targets.split(few)):
-        logits = model.lm_head(h)                                           # (n,few,V)
         if expected:
-            reward = ppo.expected_gain(logits, logits[0])
+            # the head is linear: of a small change of states it makes an exact change of logits
+            change = model.lm_head(h - h[0])                                # (n,few,V)
+            reward = ppo.expected_gain(change, model.lm_head(h[0]))
         else:
+            logits = model.lm_head(h)                                       # (n,few,V)
             reward = ppo.next_token_logp(logits, y.expand(len(h), -1))
         found.append(reward)                                                # (n,few)
     return torch.cat(found, dim=1)
 
 
 def calibrate(model, windows, policy_of, target, low, high):
-    """The knob at which policy_of(knob) has mean k = target on `windows`, by bisection with real passes."""
+    """The knob at which policy_of(knob) has mean k = target on `windows`, by real passes.
+
+    low, high: the knobs of 1 expert and of k_max (allocator.py:find_knob).
+    """
     def mean_k(knob):
         [(_, tally)] = evaluate(model, windows, [policy_of(knob)])
         return tally.mean()
-    return bisect(mean_k, target, low, high)
+    return find_knob(mean_k, target, low, high, policy_of(high).k_max)
 
 
 def clustered_error(delta, document):
     """Standard error of the mean of `delta` (n,), tokens of one document taken as dependent.
 
-    Where all is one document, tokens of one of BLOCKS equal parts of it.
+    The larger of two: of documents, and of parts of documents, since few documents say little about how
+    documents differ. `document` (n,): the number of each token's document, one document behind another.
     """
-    _, number = np.unique(document, return_inverse=True)
-    if not number.any():
-        number = np.arange(len(delta)) * BLOCKS // len(delta)
-    sums = np.bincount(number, weights=delta - delta.mean())                # one per document
-    m = len(sums)
-    return math.sqrt((sums ** 2).sum() * m / max(m - 1, 1)) / len(delta)
+    _, begins, number = np.unique(document, return_index=True, return_inverse=True)
+    place = np.arange(len(delta)) - begins[number]             # of a token in its document
+    part = place * BLOCKS // len(delta)                        # 0..BLOCKS-1
+    _, number_of_part = np.unique(number * BLOCKS + part, return_inverse=True)
+    return max(jackknife(delta, number), jackknife(delta, number_of_part))
+
+
+def jackknife(delta, cluster):
+    """Standard error of the mean of `delta` (n,): how much it moves as one cluster after the other is left out.
+
+    The last factor is about that of Student's distribution: with m = 2 or 5 clusters, too, plus or minus two
+    errors are to hold the truth as often as with many.
+    """
+    sizes = np.bincount(cluster)                                            # (m,)
+    m = len(sizes)
+    if m == 1:
+        return 0.0
+    sums = np.bincount(cluster, weights=delta - delta.mean())
+    moves = sums / (len(delta) - sizes)
+    return math.sqrt((m - 1) / m * (moves ** 2).sum()) * (m + 1) / (m - 1)
+
+
+def effective_documents(document):
+    """As how many documents of equal length these (n,) count: (sum of lengths)^2 / sum of their squares."""
+    sizes = np.unique(document, return_counts=True)[1]
+    return float(sizes.sum() ** 2 / (sizes ** 2).sum())
 
 
 def bits_per_byte(nats, windows, tokenizer):

@@ -1,6 +1,6 @@
 """run/report.py: what a run shows: Markdown tables, log.csv, figures.
 
-Colours are Okabe and Ito's, which survive colour-blindness; lines and markers differ too, for greyscale.
+Colours survive colour-blindness; lines and markers differ too, for greyscale.
 """
 import csv
 import io
@@ -11,17 +11,14 @@ from hub.files import write_whole
 os.environ['MPLBACKEND'] = 'agg'        # figures go to files; the backend of a notebook may not exist here
 import matplotlib.pyplot as plt  # noqa: E402
 
-BLUE = '#0072B2'
-ORANGE = '#E69F00'
-GREEN = '#009E73'
-SKY = '#56B4E9'
-GREY = '#999999'
+plt.style.use('tableau-colorblind10')
+plt.rcParams.update({'figure.constrained_layout.use': True, 'axes.grid': True})
 
 
 def markdown(head, lines):
     """A Markdown table of strings."""
     rule = ['---'] * len(head)
-    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in (head, rule, *lines))
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (head, rule, *lines))
 
 
 def table(rows):
@@ -30,9 +27,7 @@ def table(rows):
     for r in rows:
         delta = f'{r["delta"]:+.4f} ± {r["delta_se"]:.4f}'
         cost = [f'{r[name]:.3f}' for name in ('mean_k', 'expert_flops', 'total_flops')]
-        if r['method'] == 'top-k':
-            delta = ''
-        lines.append([r['method'], f'{r["loss"]:.4f}', delta, *cost])
+        lines.append([r['method'], f'{r["loss"]:.4f}', delta if r['method'] != 'top-k' else '', *cost])
     head = ['method', 'loss (nats/token)', 'minus top-k', 'mean k', 'expert FLOPs', 'total FLOPs']
     return markdown(head, lines)
 
@@ -53,21 +48,20 @@ def save_figure(fig, path):
 
 def training_figure(path, log, top_k, target):
     """Left: loss and price of experts that PPO saves against its start, on a fixed probe. Right: mean k."""
-    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    every_step = [row['step'] for row in log]
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4))
     probed = [row for row in log if 'gain' in row]
     steps = [row['step'] for row in probed]
     gain = [1000 * row['gain'] for row in probed]
     error = [1000 * row['gain_se'] for row in probed]
-    a.errorbar(steps, gain, error, color=BLUE, ecolor=SKY, marker='o')
+    a.errorbar(steps, gain, error, marker='o')
     a.axhline(0, color='black', linestyle=':')                              # the start
     a.set(
         xlabel='PPO step',
         ylabel='minus the start (10⁻³ nats/token)',
         title='loss + price of the experts on a probe',
     )
-    b.plot(every_step, [row['argmax_k'] for row in log], color=GREY, label='rollouts')
-    b.plot(steps, [row['probe_k'] for row in probed], 'o-', color=BLUE, label='probe')
+    b.plot(range(1, len(log) + 1), [row['argmax_k'] for row in log], label='rollouts')
+    b.plot(steps, [row['probe_k'] for row in probed], 'o-', label='probe')
     if target:
         b.axhline(target, color='black', linestyle='-.', label='budget')
     b.set(
@@ -75,5 +69,5 @@ def training_figure(path, log, top_k, target):
         ylabel='experts per token and layer',
         title=f'mean k, of K = {top_k}',
     )
-    b.legend(fontsize=8)
+    b.legend()
     save_figure(fig, path)

@@ -4,35 +4,36 @@
     per layer    a beta per layer, all layers keep the same share of experts: as published (Lu et al. 2024)
     greedy       a beta per layer; the layer whose experts are worth least gives up the next of them
 
-Each is a family of policies with one knob, mean k. Which is best is measured on the calibration split by the
-loss expected under the top-k prediction (run/evaluate.py), without the luck of the text.
+Each is a family of policies with one knob, mean k. Which is best is measured on training text by the loss
+expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
-import functools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from allocator import Skip, TopK, Watched, tail_ratios
+from run.console import Progress
 from run.evaluate import evaluate
+from run.ranks import gathered, ranks
+from scale.memory import PASS_TOKENS
 
 STEPS = 8               # `greedy` takes steps of about K / STEPS experts
-SEARCH_TOKENS = 8192
+SEARCH_TOKENS = 8192    # its steps are measured on: L * STEPS sweeps
 FAMILIES = 'one beta', 'per layer', 'greedy'
 
 
 class SkipFamilies:
-    """The three families for one model: what they need to know is measured once, on the calibration split.
+    """The three families for one model: what they need to know is measured once, on windows of training text."""
 
-    calibration: a Text; seq: T.
-    """
-
-    def __init__(self, model, calibration, seq):
+    def __init__(self, model, windows):
         self.model = model
         self.K = model.config.top_k
         self.L = len(model.config.moe_layers)
-        self.windows = calibration.windows(seq, SEARCH_TOKENS)
-        self.tails = tails(model, self.windows[0])                          # (L,P,K-1)
+        self.windows = windows
+        apart = max(1, windows[0].numel() // SEARCH_TOKENS)
+        self.few_windows = [part[::apart] for part in windows]
+        self.tails = tails(model, windows[0])                               # (L,P,K-1)
+        self.steps = {}                                        # {around: what the steps of each layer cost}
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
 
@@ -57,7 +58,13 @@ class SkipFamilies:
         last one in part.
         """
         layers = range(self.L)
-        steps = [self.steps_down(layer, around) for layer in layers]
+        if around not in self.steps:
+            progress = Progress('greedy shares', self.L)
+            self.steps[around] = []
+            for layer in layers:
+                self.steps[around].append(self.steps_down(layer, around))
+                progress(layer + 1, None)
+        steps = self.steps[around]
         size = self.levels[0] - self.levels[1]                 # of a step, in experts
         taken = [0] * self.L
         left = self.L * (self.K - mean_k) / size               # steps to take
@@ -67,7 +74,6 @@ class SkipFamilies:
             left -= 1
         return [self.K - size * n for n in taken]
 
-    @functools.cache                                           # measured once
     def steps_down(self, layer, around):
         """[what each step of a layer from K down to 1 costs in nats, the others at `around`; then inf]"""
         shares = [around] * self.L
@@ -75,20 +81,20 @@ class SkipFamilies:
         for level in self.levels:
             shares[layer] = level
             policies.append(Skip(betas_at(self.tails, shares), self.K))
-        nats = [cost for cost, _ in self.costs(policies)]
+        nats = [cost for cost, _ in self.costs(policies, self.few_windows)]
         return [*np.diff(nats), np.inf]
 
-    def costs(self, policies):
-        """[(nats per token that a policy costs, its mean k), ..], on the calibration split."""
+    def costs(self, policies, windows):
+        """[(nats per token that a policy costs, its mean k), ..]"""
         found = []
-        for nats, tally in evaluate(self.model, self.windows, policies, expected=True):
+        for nats, tally in evaluate(self.model, windows, policies, expected=True):
             found.append((nats.mean().item(), tally.mean()))
         return found
 
 
 @torch.no_grad()
 def look(model, inputs, see):
-    """[see(layer, x, probs) of each MoE layer] in one pass of inputs (B,T) under the model's own top-k."""
+    """[see(layer, x, probs) of each MoE layer] of a pass of inputs (B,T) under the model's own top-k."""
     seen = []
 
     def onlooker(layer, x, probs, k):
@@ -103,7 +109,11 @@ def tails(model, inputs):
     def ratios(layer, x, probs):
         p = probs.topk(model.config.top_k, dim=-1).values
         return tail_ratios(p)
-    return torch.stack(look(model, inputs, ratios))
+    rank, size = ranks()
+    of_pass = max(1, PASS_TOKENS // inputs.shape[1])           # windows
+    mine = inputs.tensor_split(size)[rank]
+    found = [torch.stack(look(model, part, ratios)) for part in mine.split(of_pass)]        # (L,.,K-1) each
+    return torch.cat(gathered(torch.cat(found, dim=1).cpu()), dim=1)
 
 
 def betas_at(ratios, mean_k):
@@ -116,7 +126,7 @@ def betas_at(ratios, mean_k):
     for layer, k in zip(ratios, mean_k):
         falling = layer.flatten().sort(descending=True).values              # (P*(K-1),)
         falling = F.pad(falling, (0, 1))                       # beta 0 keeps all K
-        above = round((k - 1) * len(layer))
+        above = round(max(k - 1, 0) * len(layer))
         betas.append(falling[above].item())
     return betas
 
@@ -124,7 +134,7 @@ def betas_at(ratios, mean_k):
 def best_family(families, mean_k):
     """The name of the family whose Skip at mean_k costs least."""
     policies = [families.policy(family, mean_k) for family in FAMILIES]
-    costs = families.costs(policies)
+    costs = families.costs(policies, families.windows)
     return FAMILIES[costs.index(min(costs))]
 
 
@@ -132,5 +142,5 @@ def worth_of_an_expert(families, mean_k):
     """What one expert more buys around mean_k, in nats per expert and layer."""
     fewer = families.policy('per layer', 0.95 * mean_k)
     more = families.policy('per layer', min(1.05 * mean_k, families.K))
-    (dear, few), (cheap, many) = families.costs([fewer, more])
+    (dear, few), (cheap, many) = families.costs([fewer, more], families.windows)
     return (dear - cheap) / (many - few) / families.L

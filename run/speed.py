@@ -3,37 +3,38 @@
     pairs of times: everything at top-k, and with fewer experts
     transformers over the memory of our weights: the experts of one layer, and a whole Mixtral
     whole models beside each other
-    the table and the figure
+    the table
 
 transformers is optional: where it is missing, or of a version that builds its models in another way, its rows
 are left out and a line says so.
 """
 import contextlib
+import sys
 from functools import partial
-from itertools import product
 
 import torch
-import torch.nn as nn
 
 from allocator import Counted
 from hub.config import to_hf
 from hub.plug import attach
 from model import generate
 from moe_dispatch import used
-from run.report import BLUE, markdown, plt, save_figure
+from run.report import markdown
 from run.timing import interleaved, summary
 from scale.graph import graph_decoder
 
+CHOICES = 'top-k', 'fewer'                  # numbers of experts
 WAYS = 'eager', 'grouped_mm'                # in which transformers runs its experts
 PROMPT = 16                                 # tokens before those that are written
 ROUNDS = 7                                  # in which every case is timed once
 
 
 def pairs(cases, device, about):
-    """A row of every path in cases {(path, 'top-k' or 'fewer'): run}, with the summary of either's times.
+    """A row of every path in cases {(path, one of CHOICES): run}, with the summary of either's times.
 
     All are timed in the same rounds, so that ratios between them mean something. `about` goes into every row.
     """
+    print(f'timing {about["name"]}, {about["stage"]}', file=sys.stderr)
     rows = {}
     for (path, choice), times in interleaved(cases, ROUNDS, device).items():
         row = rows.setdefault(path, {**about, 'path': path})
@@ -67,8 +68,7 @@ def transformers_experts(x, ids, weights, k, w_in, w_out):
             config._experts_implementation = way
             with torch.device('meta'):
                 module = MixtralExperts(config)
-            module.gate_up_proj = nn.Parameter(w_in, False)
-            module.down_proj = nn.Parameter(w_out, False)
+            module.load_state_dict({'gate_up_proj': w_in, 'down_proj': w_out}, assign=True)
             module._is_expert_parallel = not run.all()         # says that there are ids without an expert
             module(x[:1], ids[:1], weights[:1])                # does it run?
             cases[f'transformers {way}'] = partial(module, x, ids, weights)
@@ -120,8 +120,9 @@ def whole_rows(name, model, tokens, policy):
     with left_out(name):
         twins = {'top-k': twin_of(model), 'fewer': twin_of(model)}
         attach(twins['fewer'], policy)
-        for way, choice in product(WAYS, twins):
-            cases[f'transformers {way}', choice] = partial(theirs, twins[choice], way)
+        for way in WAYS:
+            for choice, twin in twins.items():
+                cases[f'transformers {way}', choice] = partial(theirs, twin, way)
     n = tokens.numel() // 64
     prompts = tokens.flatten().repeat(8)[:8 * PROMPT].view(8, PROMPT)       # a short text is repeated
     rows = []
@@ -134,51 +135,37 @@ def whole_rows(name, model, tokens, policy):
     return rows
 
 
-# ================================================================ the table and the figure
+# ================================================================ the table
 
 def speed_table(rows):
     """Milliseconds, quartiles, share of the limit; in bold the path that the model takes.
 
     The last column: how many times as fast as the better of transformers' two ways at top-k.
     """
-    best = {}
+    theirs = {}                                                # {(name, stage): milliseconds of the better}
     for r in rows:
         if r['path'].startswith('transformers'):
             case = r['name'], r['stage']
-            best[case] = min(best.get(case, r['top-k']['ms']), r['top-k']['ms'])
+            ms = r['top-k']['ms']
+            theirs[case] = min(ms, theirs.get(case, ms))
     lines = []
     for r in rows:
-        path = r['path']
-        bold = f'**{path}**' if path == r.get('default') else path
-        line = [r['name'], r['stage'], bold]
-        for choice in 'top-k', 'fewer':
+        bold = '**' if r['path'] == r.get('default') else ''
+        line = [r['name'], r['stage'], f'{bold}{r["path"]}{bold}']
+        best = theirs.get((r['name'], r['stage']))
+        speed_ups = []
+        for choice in CHOICES:
             t = r[choice]
-            cell = f'{t["ms"]:.2f} ({t["low"]:.2f}-{t["high"]:.2f})'
-            if 'limit_ms' in r:
-                cell += f', {r["limit_ms"][choice] / t["ms"]:.0%}'
-            line.append(cell)
-        line.append(f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}')
-        line.append(f'{r["k_share"]:.2f}')
-        theirs = best.get((r['name'], r['stage']))
-        speed_ups = [f'{theirs / r[choice]["ms"]:.2f}' for choice in ('top-k', 'fewer') if theirs]
-        line.append(', '.join(speed_ups))
+            limit = f', {r["limit_ms"][choice] / t["ms"]:.0%}' if 'limit_ms' in r else ''
+            line.append(f'{t["ms"]:.2f} ({t["low"]:.2f}-{t["high"]:.2f}){limit}')
+            if best:
+                speed_ups.append(f'{best / t["ms"]:.2f}')
+        line += [
+            f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}',
+            f'{r["k_share"]:.2f}',
+            ', '.join(speed_ups),
+        ]
         lines.append(line)
     head = ['', 'stage', 'path', 'ms at top-k', 'ms with fewer', 'time: fewer / top-k', 'k: fewer / top-k',
             'transformers / this, top-k, fewer']
     return markdown(head, lines)
-
-
-def speed_figure(path, rows, title):
-    """Every path's prefill at top-k and with fewer experts, with quartiles."""
-    rows = [r for r in rows if r['stage'].startswith('prefill')]
-    fig, ax = plt.subplots(figsize=(8, 1 + len(rows) / 4), layout='constrained')
-    for r in rows:
-        name = f'{r["name"]}, {r["path"]}'
-        for choice, color, fill in ('top-k', 'black', 'white'), ('fewer', BLUE, BLUE):
-            t = r[choice]
-            times = [t['low'], t['ms'], t['high']]
-            ax.plot(times, 3 * [name], 'o-', color=color, mfc=fill, markevery=[1])
-    ax.set(xlim=0, xlabel='ms of a prefill: hollow top-k, filled 0.75 K, with quartiles', title=title)
-    ax.grid(axis='x', alpha=0.3)
-    ax.invert_yaxis()                                          # the first path on top
-    save_figure(fig, path)

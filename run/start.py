@@ -7,13 +7,14 @@ eq. 12, 13) imitates a Top-P rule at K by supervised learning; 'random' knows no
 import torch
 import torch.nn.functional as F
 
-from allocator import Allocators, bisect, mass_labels
+from allocator import Allocators, find_knob, mass_labels
 from run.console import Progress
 from run.rules import best_family, look, worth_of_an_expert
-from scale.memory import allocator_sizes
+from scale.memory import PASS_TOKENS, allocator_sizes
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
+TOGETHER = 9            # inputs that may move together at unit variance: N + K - 1 of Mixtral
 WARM_LR = 1e-3          # of P-Warm
 UNBUDGETED = 0.9        # of K: where a run with a fixed price starts
 FIRST_PRICE = 0.7       # of what an expert is worth to a rule: trained ones get more from those they run
@@ -31,8 +32,8 @@ def new_allocators(s, model, text, families):
     share = s.budget if s.price is None else UNBUDGETED
     mean_k = max(1, share * model.config.top_k)
     if s.extended:
-        inputs, _ = next(batches)
-        standardise(model, allocators, inputs)
+        inputs = next(batches)[0]
+        standardise(model, allocators, inputs[:max(1, PASS_TOKENS // s.seq)])
     family = s.start
     if family == 'skip':
         family = best_family(families, mean_k)
@@ -53,13 +54,18 @@ def standardise(model, allocators, inputs):
 
     subtle: Adam moves every weight by about the same step, so C unit channels of x would move a logit sqrt(C)
     times as far as one input and drown the few router probabilities in noise; all of x gets variance 1 /
-    X_SCALE^2.
+    X_SCALE^2. The log probabilities rise and fall together, so theirs add up: many get less each, and the
+    first step moves the policy equally far whatever C, N and K are.
     """
-    z = torch.stack(look(model, inputs, allocators.inputs))                 # (L,P,n_in)
-    allocators.mean.copy_(z.mean(1))
-    allocators.std.copy_(z.std(1) + 1e-3)
+    def moments(layer, x, probs):
+        z = allocators.raw(x, probs)                                        # (P,n_in)
+        return z.mean(0), z.std(0) + 1e-3
+    mean, std = zip(*look(model, inputs, moments))                          # L of (n_in,) each
     C = model.config.dim
+    allocators.mean.copy_(torch.stack(mean))
+    allocators.std.copy_(torch.stack(std))
     allocators.std[:, :C] *= X_SCALE * C ** 0.5
+    allocators.std[:, C:] *= max(1, (allocators.std.shape[1] - C) / TOGETHER)
 
 
 @torch.no_grad()
@@ -89,31 +95,31 @@ def p_warm(s, model, allocators, batches):
 
     p is chosen on the first batch so that the mean of these labels is the model's own K.
     """
-    inputs, _ = next(batches)
+    inputs = next(batches)[0]
     probs = look(model, inputs, lambda layer, x, probs: probs)              # (P,N) each
     p = find_mass(torch.cat(probs), model.config.top_k)
 
-    def example(layer, x, probs):
-        labels = mass_labels(probs, p).clamp_max(allocators.k_max)
-        return allocators.inputs(layer, x, probs), labels
+    @torch.enable_grad()
+    def learn(layer, x, probs):
+        labels = mass_labels(probs, p).clamp_max(allocators.k_max)          # (P,)
+        z = allocators.inputs(layer, x, probs)                              # (P,n_in)
+        loss = F.cross_entropy(allocators.logits(layer, z), labels - 1)
+        loss.backward()
+        return loss.item()
     optimizer = torch.optim.AdamW(allocators.parameters(), WARM_LR, weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.warm_steps)
     progress = Progress('warm start', s.warm_steps)
     for step in range(1, s.warm_steps + 1):
-        inputs, _ = next(batches)
-        z, labels = zip(*look(model, inputs, example))
-        logits = allocators.logits(slice(None), torch.stack(z))             # (L,P,A)
-        labels = torch.cat(labels)                                          # (L*P,)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels - 1)
+        inputs = next(batches)[0]
         optimizer.zero_grad()
-        loss.backward()
+        losses = look(model, inputs, learn)                                 # one a layer
         optimizer.step()
         schedule.step()
-        progress(step, step * inputs.numel(), loss=loss.item())
+        progress(step, step * inputs.numel(), loss=sum(losses) / len(losses))
 
 
 def find_mass(probs, target):
     """p*: the router mass whose mean label is nearest to `target` experts (eq. 12). probs (P,N) -> 0..1."""
     def mean_label(p):
-        return mass_labels(probs, p).float().mean()
-    return bisect(mean_label, target, 0, 1, steps=30)
+        return mass_labels(probs, p).float().mean().item()
+    return find_knob(mean_label, target, 0, 1, probs.shape[1])

@@ -1,12 +1,17 @@
 """run/state.py: the folder of a run, and the state from which a stopped run goes on to the same bits."""
+import fcntl
+import os
 import shutil
 import signal
+import threading
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
 from hub.files import InputError, reading, write_whole
-from run.console import open_out
+from run.console import MARK, open_out
+from run.ranks import ranks
 
 # what may differ between an interrupted run and the one that resumes it
 NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream'
@@ -15,26 +20,44 @@ NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream
 WRITTEN = 'allocator.safetensors', 'state.pt', 'log.csv', 'results.json', 'training.png'
 
 
+@contextmanager
 def open_run(out):
-    """The folder of a run, made if need be; what a killed run had begun to write there goes.
+    """Within `with`: the folder of a run, made if need be, for this process and its ranks alone.
 
-    InputError if it has a file that a run would write over and that no run has written.
+    What a killed run had begun to write there goes. InputError if another process works there, or if there is
+    a file that a run would write over and that no run has written.
     """
     out = open_out(out, *WRITTEN)
-    for name in WRITTEN:
-        for path in out.glob(f'{name}.[0-9]*.new'):
-            path.unlink(missing_ok=True)                       # another rank may have been here
-    for path in out.glob('base.[0-9]*.new'):
-        shutil.rmtree(path, ignore_errors=True)
-    return out
+    with open(out / MARK, 'r+') as mark:
+        if ranks()[0] == 0:
+            try:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)           # until the file is closed
+            except BlockingIOError:
+                raise InputError(f'--out {out}: process {mark.read()} works there: '
+                                 f'wait for it, or choose another --out') from None
+            mark.truncate(0)
+            mark.write(str(os.getpid()))
+            mark.flush()
+            for name in WRITTEN:
+                for path in out.glob(f'{name}.[0-9]*.new'):
+                    path.unlink()
+            for path in out.glob('base.[0-9]*.new'):
+                shutil.rmtree(path)
+        yield out
 
 
 class Interrupt:
-    """Within `with`: the first Ctrl-C or SIGTERM sets `asked`, the step can end; a second stops at once."""
+    """Within `with`: the first Ctrl-C or SIGTERM sets `asked`, the step can end; a second stops at once.
+
+    In a thread of a larger program, where Python takes no signals, it does nothing.
+    """
 
     def __enter__(self):
         self.asked = False
-        self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = signal.SIGINT, signal.SIGTERM
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
+        self.old = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame):

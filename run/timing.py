@@ -13,12 +13,12 @@ def interleaved(cases, rounds, device):
     """
     wait = torch.get_device_module(device).synchronize         # until the device has done what it was given
     times = {name: [] for name in cases}
-    order = list(cases)
+    order = list(cases.items())
     for r in range(rounds + 1):
-        for name in order:
+        for name, run in order:
             wait()
             start = perf_counter()
-            cases[name]()
+            run()
             wait()
             if r > 0:
                 times[name].append(perf_counter() - start)

@@ -33,8 +33,11 @@ def weight_bytes(config, itemsize, how, size=1):
 
 
 def allocator_sizes(s, config):
-    """(k_max, numbers that an allocator reads): as published N and C, by default 2K and C + N + K - 1."""
-    k_max = config.n_experts if s.paper else min(2 * config.top_k, config.n_experts)
+    """(k_max, numbers that an allocator reads): as published N and C, by default K and C + N + K - 1.
+
+    The expected reward cannot be better than that of K experts, so it has no use for more.
+    """
+    k_max = config.top_k if s.reward == 'expected' else config.n_experts
     n_in = config.dim
     if s.extended:
         n_in += config.n_experts + config.top_k - 1
@@ -50,8 +53,9 @@ def working_bytes(s, config, itemsize):
     k_max, n_in = allocator_sizes(s, c)
     sampled = s.group * s.ppo_batch * s.seq                    # tokens
     tokens = sampled + s.ppo_batch * s.seq
-    # of every layer and token z in fp32; k, logp and noise; the logits and their gradients
-    states = len(c.moe_layers) * sampled * (4 * n_in + 16 + 20 * k_max)
+    # of every layer and token z; k, logp and noise. Of the layer that learns z in fp32, logits and gradients
+    states = len(c.moe_layers) * sampled * (itemsize * n_in + 16)
+    states += sampled * (4 * n_in + 40 * k_max)
     hidden = 3 * tokens * c.dim * itemsize
     of_token = c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim
     experts = min(max(PASS_TOKENS, s.seq), sampled) * of_token * itemsize

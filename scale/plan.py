@@ -13,7 +13,7 @@ import math
 import torch
 
 from hub.checkpoint import find_checkpoint, weight_dtype
-from hub.config import read_config
+from hub.config import PUBLISHED, read_config
 from hub.files import InputError
 from moe_dispatch import flops
 from run.console import check_budget, one_line_errors
@@ -54,9 +54,9 @@ def run_flops(s, config):
 def plan(s, machines):
     """A dict of what this run needs. machines: {name: (FLOP/s, transfer in bytes/s)}."""
     folder = find_checkpoint(s.ckpt, config_only=True)
-    config = read_config(folder)
+    config = read_config(folder) if folder else PUBLISHED[s.ckpt]
+    itemsize = weight_dtype(folder).itemsize if folder else 2               # bf16, as all are published
     check_budget(s, config.top_k)
-    itemsize = weight_dtype(folder).itemsize
     layer, layers, rest = weight_counts(config)
     working = working_bytes(s, config, itemsize)
     memory = {}                                                             # bytes on a device
@@ -103,7 +103,7 @@ def plan_table(plans):
 def main(argv=None):
     s = parse(argv, __doc__)
     if not s.ckpt:
-        raise InputError('give the checkpoint with --ckpt, a folder that holds at least its config.json')
+        raise InputError('give the checkpoint with --ckpt: a short name, or a folder with its config.json')
     rate = rates(torch.device(s.device))['bfloat16']
     print(plan_table([plan(s, {**GPUS, s.device: (rate, math.inf)})]))
 

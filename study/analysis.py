@@ -13,12 +13,12 @@ from hub.files import InputError, write_json
 from run.console import one_line_errors
 from run.evaluate import evaluate
 from run.ranks import ranks
-from run.report import BLUE, plt, save_figure
+from run.report import plt, save_figure
 from study.study import open_study, parser
 
 SPACE = 'white space'
-CLASSES = 'content word', 'number', SPACE, 'operator, punctuation'
-RUNS = re.compile(r'([^\W\d_]+)|(\d+)|(\s+)|((?:[^\s\w]|_)+)')             # a group for each of CLASSES
+CLASSES = 'content word', 'number', SPACE, 'operator, punctuation', 'function word'
+RUNS = re.compile(r'([^\W\d_]+)|(\d+)|(\s+)|((?:[^\s\w]|_)+)')             # a group for each but the last
 # Python's keywords are function words too
 FUNCTION_WORDS = {*kwlist, *(
     'a an the and or but nor so yet if then than that this these those of to in on at by for from with '
@@ -34,7 +34,7 @@ def runs(text):
     for match in RUNS.finditer(text):
         run = match.group()
         function = run.lower() in FUNCTION_WORDS
-        yield run, 'function word' if function else CLASSES[match.lastindex - 1]
+        yield run, CLASSES[-1 if function else match.lastindex - 1]
 
 
 def token_classes(tokenizer, ids):
@@ -82,47 +82,48 @@ def analyse(study, policy):
 
 # ================================================================ findings and figure
 
+def finding(claim, holds, numbers):
+    return f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.'
+
+
 def listed(numbers):
     return ', '.join(f'{n:.2f}' for n in numbers)
 
 
 def findings(r):
-    """The analysis in sentences: each published claim, and whether it holds here."""
+    """The analysis in sentences: each published claim, and whether it holds here.
+
+    That of the classes is left out where the text lacks one of them.
+    """
     K = r['K']
-    shares = [f'{k} for {share:.0%}' for k, share in enumerate(r['histogram'], 1) if share >= 0.005]
     layers = r['by_layer']
-    middle = np.mean(layers[1:-1] or layers)
     tenths = r['by_difficulty']
-    rising = np.corrcoef(range(10), tenths)[0, 1]
     by_class = r['by_class']
-    most_first = sorted(by_class, key=by_class.get, reverse=True)
-    of_class = [f'{name} {by_class[name]:.2f}' for name in most_first]
-    claims = [
-        (
+    shares = [f'{k} for {share:.0%}' for k, share in enumerate(r['histogram'], 1) if share >= 0.005]
+    middle = np.mean(layers[1:-1] or layers)
+    rising = np.corrcoef(range(10), tenths)[0, 1]
+    lines = [
+        finding(
             'About a tenth of the tokens use more than K',
             sum(r['histogram'][K:]) > 0.05,
             f'mean k {r["mean_k"]:.2f} of K = {K}, k = {", ".join(shares)} of the decisions',
         ),
-        (
+        finding(
             'Middle layers use more',
             middle > max(layers[0], layers[-1]),
             f'mean k by layer {listed(layers)}',
         ),
-        (
+        finding(
             'Harder tokens use more',
             rising > 0.5,
             f'mean k by tenth of the loss under top-k, easiest first, {listed(tenths)} '
             f'(correlation of tenth and mean k {rising:+.2f})',
         ),
-        (
-            'Content words use more',
-            most_first[0] not in ('function word', *CLASSES[1:]),
-            ', '.join(of_class),
-        ),
     ]
-    lines = []
-    for claim, holds, numbers in claims:
-        lines.append(f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.')
+    if len(by_class) >= len(CLASSES):
+        most_first = sorted(by_class, key=by_class.get, reverse=True)
+        of_class = ', '.join(f'{name} {by_class[name]:.2f}' for name in most_first)
+        lines.append(finding('Content words use more', most_first[0] not in CLASSES[1:], of_class))
     return '\n'.join(lines)
 
 
@@ -133,9 +134,9 @@ def analysis_figure(path, r):
         'class of the token': r['by_class'],
         'tenth of the loss (10: hardest)': dict(enumerate(r['by_difficulty'], 1)),
     }
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout='constrained')
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
     for ax, (title, mean_k) in zip(axes, panels.items()):
-        ax.plot(list(mean_k.values()), list(mean_k), 'o', color=BLUE)
+        ax.plot(list(mean_k.values()), list(mean_k), 'o')
         ax.set(title=title, xlabel='mean k')
     save_figure(fig, path)
 

@@ -22,29 +22,24 @@ BASES = 'deep', 'fine', 'prose'
 
 def columns(results):
     """{name of a base: {method: row}}."""
-    named = {}
-    for name, base in results.items():
-        named[f'{name}, K = {base["K"]}'] = {row['method']: row for row in base['rows']}
-    return named
-
-
-def bases_table(results):
-    return table(columns(results))
+    return {
+        f'{name}, K = {base["K"]}': {row['method']: row for row in base['rows']}
+        for name, base in results.items()
+    }
 
 
 def main(argv=None):
     p = OneLineParser(__doc__)
     p.add_argument('--only', nargs='+', choices=BASES, default=BASES, help='some of the bases')
-    p.add_argument('--out', default='out', help='where the bases and their rows are (default out)')
     a = p.parse_args(argv)
     results = {}
     for name in a.only:
         s = Settings(preset=name, **PRESETS[name])
-        study = Study(s, open_out(Path(a.out) / name), 'frontier')
+        study = Study(s, open_out(Path('out') / name), 'frontier')
         results[name] = {'budget': BUDGET, **measure(study, [BUDGET])}
-    out = open_out(Path(a.out) / 'bases', 'bases.json', 'bases.png')
+    out = open_out('out/bases', 'bases.json', 'bases.png')
     write_json(out / 'bases.json', results)
-    print(bases_table(results))
+    print(table(columns(results)))
     figure(out / 'bases.png', columns(results))
     print(f'wrote {out}')
 

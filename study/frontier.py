@@ -13,8 +13,7 @@ from allocator import RandomMix, TopP
 from hub.files import write_json
 from model import Transformer
 from run.console import one_line_errors
-from run.evaluate import clustered_error
-from run.report import BLUE, GREEN, ORANGE, markdown, plt, save_figure
+from run.report import markdown, plt, save_figure
 from run.rules import FAMILIES, worth_of_an_expert
 from study.study import BUDGET, PUBLISHED, open_study, parser, thousandths
 
@@ -30,22 +29,7 @@ def measure(study, budgets):
     """What frontier.json holds: a row for every method and budget."""
     rows = []
     for b in budgets:
-        at = {}                                                # {method: row}
-        losses = {}                                            # {method: (n,)}, the mean over seeds
-        for method in methods(study, b):
-            measurements = []
-            for i in range(1 if method in RULES else SEEDS):
-                seed = study.s.seed + i
-                name = f'{method}-{b}-seed{seed}'
-                measurements.append(study.measured(name, lambda: policy_at(study, method, b, seed)))
-            at[method] = {
-                'method': method,
-                'budget': b,
-                **study.row(measurements),
-            }
-            losses[method] = sum(loss for loss, _ in measurements) / len(measurements)
-        add_leads(study, at, losses, b)
-        rows += at.values()
+        rows += rows_at(study, b)
     return {
         'K': study.K,
         'tokens': len(study.of_topk),
@@ -56,14 +40,39 @@ def measure(study, budgets):
     }
 
 
-def methods(study, b):
-    """METHODS but for those that make no sense here."""
-    chosen = list(METHODS)
+def rows_at(study, b):
+    """A row of every method that makes sense at mean k = b * K."""
+    methods = list(METHODS)
     if b == BUDGET:
-        chosen.remove('ada-k, dialled')                        # is trained there
+        methods.remove('ada-k, dialled')                       # is trained there
     if type(study.model) is not Transformer:
-        chosen.remove('soft')                                  # backpropagation needs all weights at once
-    return chosen
+        methods.remove('soft')                                 # backpropagation needs all weights at once
+    rows = {}
+    deltas = {}                                                # {method: (n,)}, losses minus top-k's
+    for method in methods:
+        measurements = []
+        for i in range(1 if method in RULES else SEEDS):
+            seed = study.s.seed + i
+            name = f'{method}-{b}-seed{seed}'
+            measurements.append(study.measured(name, lambda: policy_at(study, method, b, seed)))
+        row, deltas[method] = study.row(measurements)
+        rows[method] = {'method': method, 'budget': b, **row}
+    free = min(RULES, key=lambda method: rows[method]['delta'])
+    worth = worth_of_an_expert(study.families, b * study.K)                 # nats per expert and layer
+    ada = rows['ada-k']
+    for name, method in ('best_free', free), ('soft', 'soft'):
+        if method in rows:
+            difference = deltas['ada-k'] - deltas[method]
+            other = rows[method]
+            more = study.families.L * (ada['mean_k'] - other['mean_k'])     # experts of a token
+            # mean k is set on other text, so it differs a little: an Ada-K that ran more is charged for them
+            ada[name] = {
+                'method': method,
+                'difference': difference.mean(),
+                'at_equal_k': difference.mean() + worth * more,
+                'se': math.hypot(study.error(difference), ada['seed_se'], other['seed_se']),
+            }
+    return rows.values()
 
 
 def policy_at(study, method, b, seed):
@@ -78,36 +87,9 @@ def policy_at(study, method, b, seed):
         family = method.removeprefix('skip, ')
         policy_of = study.families.policy
         return study.calibrated(lambda k: policy_of(family, k, around=mean_k), b, 1, study.K)
-    if method == 'published':
-        return study.ada_k(method, BUDGET, seed, b, **PUBLISHED)
-    trained_at = BUDGET if method == 'ada-k, dialled' else b
-    return study.ada_k(method.removesuffix(', dialled'), trained_at, seed, b)
-
-
-def add_leads(study, at, losses, b):
-    """Adds to Ada-K's row its paired differences to the best rule without training and to `soft`.
-
-    Mean k is set on other text, so it differs a little between rows; the difference is corrected to equal
-    mean k by what an expert buys the rules there: an Ada-K that ran more is charged for them.
-    """
-    ada = at['ada-k']
-    documents = study.windows[2].flatten()
-    worth = worth_of_an_expert(study.families, b * study.K)                 # nats per expert and layer
-    free = min(RULES, key=lambda method: at[method]['delta'])
-    for name, method in (('best_free', free), ('soft', 'soft')):
-        if method not in at:
-            continue
-        other = at[method]
-        difference = ada['delta'] - other['delta']
-        more = study.families.L * (ada['mean_k'] - other['mean_k'])         # experts of a token
-        lead = losses['ada-k'] - losses[method]
-        of_text = clustered_error(lead.numpy(), documents)
-        ada[name] = {
-            'method': method,
-            'difference': difference,
-            'at_equal_k': difference + worth * more,
-            'se': math.hypot(of_text, ada['seed_se'], other['seed_se']),
-        }
+    trained_at = b if method in ('soft', 'ada-k') else BUDGET
+    changes = PUBLISHED if method == 'published' else {}
+    return study.ada_k(method.removesuffix(', dialled'), trained_at, seed, b, **changes)
 
 
 # ================================================================ table and figure, of bases.py too
@@ -145,22 +127,16 @@ def table(columns):
 
 def figure(path, columns):
     """Loss minus top-k of every method, with one standard error; a marker for each column."""
-    fig, ax = plt.subplots(figsize=(8, 4), layout='constrained')
-    looks = zip('os^', (BLUE, ORANGE, GREEN))
-    for (marker, color), (title, rows) in zip(looks, columns.items()):
+    fig, ax = plt.subplots(figsize=(8, 4))
+    for marker, (title, rows) in zip('os^v', columns.items()):
         loss = [1000 * row['delta'] for row in rows.values()]
         error = [1000 * row['delta_se'] for row in rows.values()]
-        ax.errorbar(loss, list(rows), xerr=error, fmt=marker, color=color, label=title)
+        ax.errorbar(loss, list(rows), xerr=error, fmt=marker, label=title)
     ax.invert_yaxis()                                          # the first method on top
     ax.axvline(0, color='black')
-    ax.grid(axis='x', alpha=0.3)
     ax.set(xlabel='loss minus top-k (10⁻³ nats/token)')
     ax.legend()
     save_figure(fig, path)
-
-
-def frontier_table(rows):
-    return table(by_budget(rows))
 
 
 def main(argv=None):
@@ -168,8 +144,9 @@ def main(argv=None):
     budgets = [b for b in BUDGETS if b * study.K > 1]          # with one expert left all policies are one
     results = measure(study, budgets)
     write_json(study.folder / 'frontier.json', results)
-    print(frontier_table(results['rows']))
-    figure(study.folder / 'frontier.png', by_budget(results['rows']))
+    columns = by_budget(results['rows'])
+    print(table(columns))
+    figure(study.folder / 'frontier.png', columns)
     print(f'wrote {study.folder}')
 
 

@@ -3,7 +3,6 @@
 Every token runs all its choices of k at once, weighted by their probabilities, so the loss can be
 differentiated by them. After training the most probable k is taken, as after PPO.
 """
-import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError
 from run.console import Progress
-from train import PRICE_RATE, settings_of
+from train import next_price, settings_of
 
 SOFT_STEPS = 200
 SOFT_LR = 3e-2
@@ -54,12 +53,11 @@ class SoftMixture(TopK):
         return ids, p * from_j_on
 
 
-def train_soft(s, model, allocators, price, text):
+def train_soft(s, model, allocators, first, text, log):
     """The comparison without RL: PPO's start, objective and price, learnt through `SoftMixture`.
 
-    Arguments as of train.py:train_ppo, which keeps a log; the price moves as in train.py:ppo_step.
+    Arguments as of train.py:train_ppo.
     """
-    K = model.config.top_k
     steps = min(SOFT_STEPS, s.ppo_steps)
     generator = torch.Generator().manual_seed(s.seed + 1)
     batches = text.batches(s.ppo_batch, s.seq, generator)
@@ -68,27 +66,24 @@ def train_soft(s, model, allocators, price, text):
     k = torch.arange(1.0, allocators.k_max + 1, device=s.device)            # (A,)
     for step in range(1, steps + 1):
         inputs = next(batches)[0].to(s.device)                              # (B,T)
-        logits_topk = model(inputs)                                         # (B,T,V)
         mixture = SoftMixture(allocators)
-        logits = model(inputs, mixture)
-        reward = ppo.expected_gain(logits, logits_topk).mean()
+        logits_topk = model(inputs)                                         # (B,T,V)
+        change = model(inputs, mixture) - logits_topk
+        reward = ppo.expected_gain(change, logits_topk).mean()
         pi = torch.stack(mixture.steps)                                     # (L,P,A)
         mean_k = (pi @ k).mean()
         entropy = torch.special.entr(pi).sum(-1).mean()
         decisive = DECISIVE * min(1, 2 * step / steps)
+        price = next_price(s, first, log, model.config.top_k)
         of_layer = price * mean_k + decisive * entropy
         loss = len(pi) * of_layer - reward
-        lr = SOFT_LR * (1 - (step - 1) / steps)
-        optimizer.param_groups[0]['lr'] = lr
+        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - (step - 1) / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        most_probable = 1 + pi.argmax(-1)                                   # (L,P)
-        argmax_k = most_probable.float().mean().item()
-        too_many = argmax_k - s.budget * K
-        price *= math.exp(PRICE_RATE * too_many / K)
-        tokens = step * inputs.numel()
-        progress(step, tokens, loss=loss.item(), argmax_k=argmax_k)
+        argmax_k = (1 + pi.argmax(-1)).float().mean()
+        log.append({'loss': loss.item(), 'argmax_k': argmax_k.item()})
+        progress(step, step * inputs.numel(), **log[-1])
 
 
 # ================================================================ policies by name

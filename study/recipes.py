@@ -76,7 +76,8 @@ def main(argv=None):
     rows = []
     for what, changes in recipes.items():
         measurement = study.measured(what, lambda: study.ada_k(what, BUDGET, s.seed, **changes))
-        rows.append({'what': what, **study.row([measurement])})
+        row, _ = study.row([measurement])
+        rows.append({'what': what, **row})
         write_json(study.folder / f'{kind}.json', {'rows': rows})
     print(recipe_table({'rows': rows}))
     print(f'wrote {study.folder}')

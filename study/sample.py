@@ -21,11 +21,12 @@ BLACK, GREYS = 232, 24          # of a terminal's 256 colours, in rising lightne
 
 def written(steps, stops, ids):
     """The ids of the steps, (1,1) each, up to the first that ends a text; appends them to `ids`."""
-    for token in steps:
-        if token.item() in stops:
+    for new in steps:
+        token = new.item()
+        if token in stops:
             return
-        ids.append(token.item())
-        yield ids[-1]
+        ids.append(token)
+        yield token
 
 
 @torch.no_grad()

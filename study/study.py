@@ -23,7 +23,7 @@ from study.policies import train_soft
 from train import PAPER, settings_of, train_ppo
 
 BUDGET = 0.75           # where one budget is enough
-PUBLISHED = {**PAPER, 'paper': True}
+PUBLISHED = {**PAPER, 'paper': True, 'price': None}      # the price that meets a budget
 # settings that may differ between two starts of a study
 FREE = 'out preset budget price seed device ckpt stream save_every'.split()
 
@@ -37,13 +37,13 @@ class Study:
 
     def __init__(self, s, out, name):
         check_ranks(s)
-        self.s = s
+        self.s = replace(s, price=None)
         self.model, self.tokenizer, texts = base_model(s, out)
-        self.text, calibration, heldout = texts
+        self.text, _, heldout = texts
         self.K = self.model.config.top_k
         self.dial = self.text.windows(s.seq, s.heldout_tokens // 2)         # knobs are set on these
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
-        self.families = SkipFamilies(self.model, calibration, s.seq)
+        self.families = SkipFamilies(self.model, self.dial)
         self.digest = base_digest(base_folder(s, out))
         self.folder = out / name
         there = [path.name for path in self.folder.glob('*')]
@@ -87,43 +87,39 @@ class Study:
         path = self.folder / f'{kind}-{trained_at}-seed{seed}.safetensors'
         if not path.exists():
             print(f'training {path.stem}', flush=True)
-            recipe = {
-                **changes,
-                'budget': trained_at,
-                'seed': seed,
-                'price': None,
-            }
-            s = replace(self.s, **recipe)
+            s = replace(self.s, budget=trained_at, seed=seed, **changes)
             allocators, price = new_allocators(s, self.model, self.text, self.families)
-            if kind == 'soft':
-                train_soft(s, self.model, allocators, price, self.text)
-            else:
-                train_ppo(s, self.model, allocators, price, self.text, log=[])
+            train = train_soft if kind == 'soft' else train_ppo
+            train(s, self.model, allocators, price, self.text, log=[])
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)
         allocators.to(self.s.device)
-        return self.calibrated(lambda price: AdaK(allocators, price), budget, 20, -20)
+        return self.calibrated(lambda price: AdaK(allocators, price), budget, 5, -5)
 
     def row(self, measurements):
-        """The mean over seeds of [(loss, counts), ..], its difference to top-k's loss, and a standard error.
+        """A row of [(loss, counts), ..], the mean over seeds, and its loss minus that of top-k, (n,) float64.
 
         The error has two parts: tokens of one document are dependent (clustered), and seeds differ.
         """
-        losses = torch.stack([loss for loss, _ in measurements])            # (seeds,n)
-        counts = sum(counts.sum(0) for _, counts in measurements)           # (k_max+1,)
+        losses, counts = zip(*measurements)
+        counts = sum(counts).sum(0)                                         # (k_max+1,)
         mean_k = counts @ torch.arange(len(counts)) / counts.sum()
-        delta = (losses - self.of_topk).numpy()
+        delta = (torch.stack(losses) - self.of_topk).numpy()                # (seeds,n)
         seeds = len(delta)
         of_seeds = delta.mean(1).std(ddof=1) / seeds ** 0.5 if seeds > 1 else 0.0
-        of_text = clustered_error(delta.mean(0), self.windows[2].flatten())
+        delta = delta.mean(0)
         return {
             'seeds': seeds,
             'delta': delta.mean(),
-            'delta_se': math.hypot(of_text, of_seeds),
+            'delta_se': math.hypot(self.error(delta), of_seeds),
             'seed_se': of_seeds,
             'mean_k': mean_k.item(),
-        }
+        }, delta
+
+    def error(self, delta):
+        """The standard error of the mean of delta (n,), of held-out text."""
+        return clustered_error(delta, self.windows[2].flatten())
 
 
 def thousandths(value, error):

@@ -27,7 +27,7 @@ def open_model(folder, device_map):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)           # no padding to be counted
     except Exception as e:                                     # of many kinds, from three packages
-        raise InputError(f'tasks: {one_line(e)}; '
+        raise InputError(f'tasks: {plain(e)}; '
                          f'it needs: pip install lm-eval transformers accelerate') from None
 
 
@@ -47,7 +47,7 @@ def run_task(a, lm, name):
             bootstrap_iters=1000,
         )
     except Exception as e:                         # no network, a broken .yaml, a package that the task wants
-        raise InputError(f'tasks {name}: {one_line(e)}') from None
+        raise InputError(f'tasks {name}: {plain(e)}') from None
 
 
 def metric_rows(results, policy, mean_k):
@@ -70,12 +70,8 @@ def metric_rows(results, policy, mean_k):
 
 
 def plain(value):
-    """A number as one that JSON knows, anything else as text."""
-    return float(value) if isinstance(value, Real) else one_line(value)
-
-
-def one_line(value):
-    return ' '.join(str(value).split())[:300]
+    """A number as one that JSON knows, anything else as one line of text."""
+    return float(value) if isinstance(value, Real) else ' '.join(str(value).split())[:300]
 
 
 def task_table(rows):
@@ -105,12 +101,10 @@ def main(argv=None):
     lm = open_model(folder, a.device_map)
     rows = []
     for name in a.tasks.split(','):
-        results = run_task(a, lm, name)
-        rows += metric_rows(results, 'top-k', config.top_k)
+        rows += metric_rows(run_task(a, lm, name), 'top-k', config.top_k)
         if a.policy != 'top-k':
             tally = attach(lm.model, policy)
-            results = run_task(a, lm, name)
-            rows += metric_rows(results, a.policy, tally.mean())
+            rows += metric_rows(run_task(a, lm, name), a.policy, tally.mean())
             detach(lm.model)
         write_json(out / 'tasks.json', {'ckpt': str(folder), 'run': a.run, 'limit': a.limit, 'rows': rows})
     print(task_table(rows))

@@ -1,7 +1,9 @@
 """Small models for the tests, one finished smoke run, and the project's folder on the import path."""
 import contextlib
 import io
-import subprocess
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -45,12 +47,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-def python_train(*args):
-    """train.py in a process of its own, as a user starts it."""
-    command = [sys.executable, ROOT / 'train.py', *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-
 @pytest.fixture(scope='session')
 def smoke(tmp_path_factory):
     """(folder, what was printed) of one finished smoke run."""
@@ -60,6 +56,68 @@ def smoke(tmp_path_factory):
     with contextlib.redirect_stdout(printed):
         train.main(['--preset', 'smoke', '--out', str(out)])
     return out, printed.getvalue()
+
+
+# ---------------------------------------------------------------- processes
+
+# a process that has imported what takes long, and is forked for every program that is started
+server = multiprocessing.get_context('forkserver')
+server.set_forkserver_preload(['train', 'torch._dynamo'])
+
+
+def look_at_less(patch):
+    """Less text on which a start is sought and policies are measured."""
+    import run.rules
+    import train
+    patch.setattr(run.rules, 'SEARCH_TOKENS', 512)
+    patch.setitem(train.PRESETS['smoke'], 'heldout_tokens', 512)
+
+
+@pytest.fixture(scope='module')
+def quick(smoke):
+    """The flags of a short run on the base of `smoke`, which this fixture finds already there."""
+    with pytest.MonkeyPatch.context() as patch:
+        look_at_less(patch)
+        yield '--preset', 'smoke', '--ckpt', str(smoke[0] / 'base'), '--data', str(ROOT / 'train.py')
+
+
+def program(main, args, environment, printed):
+    """In a process of its own: main(args), as its script runs it; output goes to `printed`.out and .err."""
+    from run.console import one_line_errors
+    os.environ.update(environment)
+    for number, end in (1, 'out'), (2, 'err'):
+        os.dup2(os.open(f'{printed}.{end}', os.O_WRONLY | os.O_CREAT), number)
+    look_at_less(pytest.MonkeyPatch())
+    one_line_errors('train.py', main, [str(a) for a in args])
+
+
+def meeting(size):
+    """[the environment of every rank], as torchrun gives it, of ranks that meet here."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    common = {**os.environ, 'WORLD_SIZE': str(size), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    return [{**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(size)]
+
+
+def start(folder, *programs):
+    """Processes that run (main, arguments), .. as ranks 0, 1, .. and print into files of the folder."""
+    processes = []
+    for (main, args), environment in zip(programs, meeting(len(programs))):
+        printed = folder / f'{environment["MASTER_PORT"]}-{environment["RANK"]}'
+        process = server.Process(target=program, args=(main, args, environment, printed), daemon=True)
+        process.printed = printed
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes):
+    """[(status, stdout, stderr), ..]"""
+    for p in processes:
+        p.join(200)
+    return [(p.exitcode, *[Path(f'{p.printed}.{end}').read_text() for end in ('out', 'err')])
+            for p in processes]
 
 
 def refusal(capsys, script, main, *args):

@@ -1,7 +1,7 @@
 """One command for the day a GPU is there: python tests/measure_gpu.py, at most six minutes on one H100.
 
 It runs the tests that need CUDA, then bench.py at the published sizes, each in a process of its own, and
-leaves in assets/gpu what the README's rows for a GPU need: bench.json and dispatch.png of bench.py, and in
+leaves in assets/gpu what the README's rows for a GPU need: bench.json of bench.py, and in
 gpu.json the device and, of both, the exit status (124: out of time), seconds and the end of what was printed.
 """
 import subprocess

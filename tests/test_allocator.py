@@ -1,8 +1,9 @@
 """allocator.py: the rules on rows worked by hand, calibration, the file."""
+import math
 import pytest
 import torch
 
-from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopP, bisect, mass_labels
+from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopP, find_knob, mass_labels
 from conftest import tiny_config
 from hub.files import InputError
 
@@ -44,15 +45,18 @@ def test_random_mix_has_its_mean_and_is_the_same_again():
     assert RandomMix(2.0).k_max == 2 and RandomMix(2.0)(0, x, x).unique().tolist() == [2]
 
 
-def test_bisect_meets_the_target_both_ways_and_stops_at_an_end():
-    assert abs(bisect(lambda p: 4 * p, 3, 0, 1) - .75) < 2e-3
-    assert abs(bisect(lambda beta: 4 - beta, 3, 2, 0) - 1) < 4e-3
-    assert bisect(lambda p: p, 5, 0, 1) > .999
+def test_find_knob_meets_the_target_both_ways_and_stops_at_an_end():
+    assert abs(find_knob(lambda p: 1 + 3 * p, 2.5, 0, 1, 4) - .5) < 2e-3
+    assert abs(find_knob(lambda beta: 4 - beta, 3, 3, 0, 4) - 1) < 4e-3
+    assert abs(find_knob(lambda p: 1 + 3 * p ** 9, 2.5, 0, 1, 4) - .5 ** (1 / 9)) < 2e-3
+    price = find_knob(lambda price: 1 + 1 / (1 + math.exp(40 * (price - .1))), 1.5, 5, -5, 2)
+    assert abs(price - .1) < 1e-3
+    assert find_knob(None, 5, 0, 1, 4) == 1 and find_knob(None, 1, 0, 1, 4) == 0
 
 
 def test_calibrated_top_p_has_the_wanted_mean_within_a_percent():
     probs = (3 * torch.randn(5000, 16)).softmax(-1)
-    p = bisect(lambda p: TopP(p, 16)(0, probs, probs).float().mean().item(), 3, 0, 1)
+    p = find_knob(lambda p: TopP(p, 16)(0, probs, probs).float().mean().item(), 3, 0, 1, 16)
     assert abs(TopP(p, 16)(0, probs, probs).float().mean() - 3) < .03
 
 
@@ -94,7 +98,7 @@ def test_adak_takes_the_argmax_and_the_price_is_a_dial(trained):
 
 def test_rollout_records_what_it_drew(trained):
     x, probs = torch.randn(4000, 32), torch.randn(8).softmax(-1).expand(4000, 8)
-    rollout = Rollout(trained, torch.rand(2, 4000))
+    rollout = Rollout(trained, torch.rand(2, 4000), torch.float)
     # in three passes, layer by layer
     drawn = [
         torch.cat([rollout(layer, x[:1].expand(n, -1), probs[:n]) for n in (1000, 2900, 100)])

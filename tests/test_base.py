@@ -16,7 +16,7 @@ from conftest import tiny_config
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 from hub.tokenizer import Tokenizer
-from run.evaluate import bits_per_byte, clustered_error, evaluate
+from run.evaluate import bits_per_byte, clustered_error, effective_documents, evaluate
 
 
 # ---------------------------------------------------------------- text
@@ -86,6 +86,12 @@ def test_prose_documents_are_those_with_enough_of_it(tmp_path):
     (tmp_path / 'text.txt').write_text('a text')
     found = read_documents(tmp_path, 99, prose=True)
     assert found == {'much.py': much.strip(), 'text.txt': 'a text'}
+
+
+def test_the_default_text_is_the_standard_library_without_tests_and_tables():
+    parts = {part for name in read_documents('', 10 ** 9) for part in name.split('/')}
+    assert {'argparse.py', 'json', 'email'} <= parts
+    assert not {'encodings', 'pydoc_data', 'test', 'tests', 'site-packages'} & parts
 
 
 # ---------------------------------------------------------------- learning a base
@@ -168,7 +174,35 @@ def test_clustered_error_equals_a_bootstrap_over_documents():
         picked = [delta[document == d] for d in drawn]
         means.append(np.concatenate(picked).mean())
     error = clustered_error(delta, document)
-    assert error == pytest.approx(np.std(means), rel=0.15)
+    assert error == pytest.approx(np.std(means) * 41 / 39, rel=0.1)
+
+
+EQUAL = [[1 / m] * m for m in (2, 5, 10, 70)]
+
+
+@pytest.mark.parametrize('shares', [
+    *EQUAL,
+    [0.99, 0.01],
+    [0.95, 0.02, 0.01, 0.01, 0.01],
+    [0.5, 0.2, *[0.0375] * 8],
+    [0.2, *[0.8 / 69] * 69],
+])
+@pytest.mark.parametrize('of_documents', [0, 1])
+def test_two_errors_hold_the_truth_however_many_documents(shares, of_documents):
+    rng = np.random.default_rng(0)
+    sizes = np.rint(np.array(shares) * 1600).astype(int)
+    document = np.arange(len(sizes)).repeat(sizes)
+    within = 0
+    for _ in range(400):
+        delta = rng.normal(size=len(document))
+        delta += of_documents * rng.normal(size=len(sizes))[document]
+        within += abs(delta.mean()) < 1.96 * clustered_error(delta, document)
+    assert within >= 0.85 * 400
+
+
+def test_effective_documents_by_hand():
+    assert effective_documents(np.arange(10) // 5) == 2
+    assert effective_documents(np.array([1, 1, 1, 4])) == 1.6
 
 
 def test_bits_per_byte_by_hand(smoke):
@@ -178,3 +212,13 @@ def test_bits_per_byte_by_hand(smoke):
     nats = 3 * math.log(2)
     bits = bits_per_byte(nats, windows, tokenizer)
     assert bits == pytest.approx(1)
+
+
+def test_what_stands_in_front_of_a_text_begins_every_window():
+    text = Text(torch.arange(40, dtype=torch.int32), np.zeros(40, int), front=(99,))
+    inputs, targets, _ = text.windows(8)
+    assert inputs[:, 0].tolist() == [99] * 4
+    assert torch.equal(targets.flatten(), torch.arange(1, 33))             # each token is predicted, once
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    inputs, targets, _ = next(text.batches(2, 8, torch.Generator()))
+    assert inputs[:, 0].tolist() == [99] * 2 and 99 not in targets

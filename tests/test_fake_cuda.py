@@ -97,10 +97,10 @@ def test_rollout_reward_and_update(family, monkeypatch):
     allocators = made(Allocators, model.config, 4, True)
     for reward in ('expected', 'sampled'):
         s = train.Settings(group=2, ppo_batch=2, seq=12, reward=reward)
-        rollout = Rollout(allocators, torch.rand(L, 2 * 24, device='cuda'))
+        rollout = Rollout(allocators, torch.rand(L, 2 * 24, device='cuda'), torch.float)
         found, of_topk = train.rollout_reward(s, model, tokens, tokens, rollout)
         assert found.shape == (2, 2, 12) and of_topk.shape == (2, 12)
-        advantage = ppo.group_advantage(ppo.reward_to_go(found, 0.9).flatten(1))
+        advantage = ppo.group_advantage(ppo.reward_to_go(found, 0.9, tokens).flatten(1))
         assert advantage.device.type == rollout.k.device.type == 'cuda'
 
 

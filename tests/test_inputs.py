@@ -49,7 +49,8 @@ def test_only_what_a_killed_run_had_begun_is_swept(tmp_path):
     for name in theirs + ours:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('x')
-    open_run(tmp_path)
+    with open_run(tmp_path):
+        pass
     assert all((tmp_path / name).exists() for name in theirs)
     assert not any((tmp_path / name).exists() for name in ours)
 
@@ -81,6 +82,7 @@ def test_too_little_text_is_said_before_training(chats, flags, tmp_path, capsys)
 
 class Letters:
     """A tokenizer of one byte a token."""
+    front = []
 
     def document(self, text):
         return list(text.encode())
@@ -119,7 +121,7 @@ def test_one_document_has_an_error_of_its_parts():
     delta = np.random.default_rng(0).normal(size=4096)
     parts = np.arange(4096) // 256                             # 16 equal ones
     error = clustered_error(delta, np.zeros(4096))
-    assert error == clustered_error(delta, parts)
+    assert error == pytest.approx(clustered_error(delta, parts))
     assert 0.3 < 64 * error < 3
 
 
@@ -145,6 +147,7 @@ def texts_of(path, raw):
     ('x.jsonl', '\ufeff{"text": "größe"}', ['größe']),
     ('x.txt', '\ufeffgröße\r\n\x0bb\rc', ['größe\n\x0bb\nc']),
     ('x.JSONL', '{"text": "a"}', ['a']),
+    ('x.jsonl', '{"text": "a", "id": %s, "less": -%s}' % ('9' * 5000, '1' * 5000), ['a']),
     ('x.Txt', 'a', ['a']),
     # halves of characters
     ('x.jsonl', r'{"text": "\ud83d"}', ['\ufffd']),
@@ -201,6 +204,72 @@ def test_other_kinds_of_files_are_refused_by_name(name, tmp_path, capsys):
     (tmp_path / 'y.txt').write_text('some text')
     assert list(read_documents(tmp_path, 100)) == ['y.txt']
     assert name in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a/x.txt, and one beside it with y.txt."""
+    for path in ('data/a/x.txt', 'other/y.txt'):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text('some text')
+    return tmp_path / 'data'
+
+
+@pytest.mark.parametrize('link, target, names', [
+    ('b', 'other', ['a/x.txt', 'b/y.txt']),
+    ('y.txt', 'other/y.txt', ['a/x.txt', 'y.txt']),
+    ('a/up', 'data', ['a/x.txt']),
+    ('a/self', 'data/a', ['a/x.txt']),
+    ('again', 'data/a', ['a/x.txt']),
+])
+def test_links_are_followed_and_folders_read_once(link, target, names, folder, capsys):
+    (folder / link).symlink_to(folder.parent / target)
+    assert list(read_documents(folder, 100)) == names
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, why', [
+    ('._x.txt', 'copies of macOS or Jupyter'),
+    ('__MACOSX/x.txt', 'copies of macOS or Jupyter'),
+    ('a/.ipynb_checkpoints/x.py', 'copies of macOS or Jupyter'),
+    ('x.parquet', 'files of other kinds'),
+])
+def test_one_line_says_what_is_left_out(name, why, folder, capsys):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text('another text')
+    (folder / 'gone.txt').symlink_to('nowhere')
+    assert list(read_documents(folder, 100)) == ['a/x.txt']
+    [line] = capsys.readouterr().err.splitlines()
+    assert f'1 {why}, such as {folder}' in line
+    assert '1 names without a regular file' in line
+
+
+def test_folders_that_cannot_be_listed_are_said(folder, monkeypatch, capsys):
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == 'secret':
+            raise PermissionError
+        return listed(path)
+    monkeypatch.setattr(Path, 'iterdir', iterdir)
+    (folder / 'secret').mkdir()
+    assert list(read_documents(folder, 100)) == ['a/x.txt']
+    assert capsys.readouterr().err == (
+        f'text: left out: 1 folders that cannot be listed, such as {folder}/secret\n')
+    with pytest.raises(InputError, match='no .txt.* file there.*cannot be listed'):
+        read_documents(folder / 'secret', 100)
+
+
+def test_no_more_is_read_than_is_used(tmp_path):
+    (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n' * 3 + '{')
+    assert len(read_documents(tmp_path, 3)) == 3
+
+
+def test_a_token_takes_8_bytes():
+    text = tokenize(['x' * 60], Letters(), 10, 'train')
+    assert text.tokens.element_size() + text.document.itemsize == 8
+    inputs, targets, _ = text.windows(10)
+    assert inputs.dtype == targets.dtype == torch.int64
 
 
 def test_names_that_are_no_utf8(tmp_path):

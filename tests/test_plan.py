@@ -1,6 +1,7 @@
 """scale/plan.py, scale/memory.py: hand-worked sizes, the bytes that objects take, one line where it fails."""
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import train
 from allocator import Allocators, Rollout
 from conftest import random_model, refusal, tiny_config
 from hub.checkpoint import save
-from hub.config import read_config
+from hub.config import PUBLISHED, from_hf, read_config
 from hub.files import InputError
 from scale.memory import allocator_sizes, check_memory, weight_bytes, working_bytes
 from scale.plan import plan
@@ -47,7 +48,7 @@ def test_plan_of_mixtral_by_hand(hub):
     # a token of one layer: matmuls of attention, scores over 1,024 tokens, router, two experts
     per_layer = 2 * attention + 4 * 1024 * 4096 + 2 * 8 * C + 2 * 6 * C * F
     token = L * per_layer + 2 * C * V
-    update = 3 * 4 * 6 * 4 * (C + 9) * L
+    update = 3 * 4 * 6 * 2 * (C + 9) * L
     ppo = 100 * 16 * 1024 * (5 * token + update)
     looks = (8 * L * 8192 + 25 * 131072) * token
     sweeps = 100 + L + 25
@@ -82,9 +83,9 @@ def test_bytes_of_a_rollout_are_what_is_taken():
     k_max, n_in = allocator_sizes(s, config)
     allocators = Allocators(config, k_max, s.extended)
     assert allocators.mean.shape[1] == n_in
-    rollout = Rollout(allocators, torch.rand(3, 3 * 5 * 7))
+    rollout = Rollout(allocators, torch.rand(3, 3 * 5 * 7), torch.float)
     kept = sum(t.numel() * t.element_size() for t in (rollout.z, rollout.k, rollout.logp, rollout.noise))
-    update = 3 * 3 * 5 * 7 * 20 * k_max
+    update = 3 * 5 * 7 * (4 * n_in + 40 * k_max)               # of one layer
     hidden = 3 * 4 * 5 * 7 * 32 * 4
     experts = 3 * 5 * 7 * 4 * (3 * (2 * 32 + 3 * 16) + 3 * 32)
     logits = 16 * 4 * 5 * 7 * 50
@@ -109,10 +110,26 @@ def test_too_little_memory_is_said_before_loading(monkeypatch, hub):
     ([], 'give the checkpoint with --ckpt'),
     (['--ckpt', 'nowhere'], 'no such folder'),
     (['--stream'], '--ckpt'),
-    (['--ckpt', MIXTRAL], 'get it with: hf download mistralai/Mixtral-8x7B-v0.1'),
 ])
 def test_wrong_inputs(args, says, capsys):
     assert says in refusal(capsys, 'scale.plan', scale.plan.main, *args)
+
+
+@pytest.mark.parametrize('name', HUB)
+def test_short_names_are_planned_with_nothing_at_hand(name, hub, monkeypatch, tmp_path):
+    assert PUBLISHED[name] == from_hf(HUB[name])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    numbers = plan(Settings(ckpt=name), {})
+    assert numbers == {**plan(Settings(ckpt=str(hub(name))), {}), 'ckpt': name}
+
+
+def test_a_config_that_is_there_is_read_instead(hub, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / 'checkpoints' / MIXTRAL
+    here.mkdir(parents=True)
+    (hub('olmoe-1b-7b') / 'config.json').rename(here / 'config.json')
+    assert round(plan(Settings(ckpt=MIXTRAL), {})['bytes'], -8) == 13_800_000_000
 
 
 def test_plan_prints_a_table_from_the_config_alone(hub, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from allocator import AdaK, Allocators, Skip, TopK, TopP, tail_ratios
+from base.pretrain import new_model
 from base.text import Text
 from conftest import random_model, tiny_config
 from hub.files import InputError
@@ -11,7 +12,7 @@ from run.evaluate import calibrate, evaluate
 from run.rules import SkipFamilies, best_family, look, worth_of_an_expert
 from run.start import new_allocators
 from study.policies import SoftMixture, rule, train_soft
-from train import Settings
+from train import Settings, ppo_step
 
 N_VOCAB = 50
 
@@ -88,7 +89,7 @@ def test_learning_without_rl_follows_the_price_and_moves_only_the_allocators(pri
         ppo_batch=4,
         ppo_steps=20,
     )
-    train_soft(s, model, allocators, price, some_text(4000))
+    train_soft(s, model, allocators, price, some_text(4000), log=[])
     windows = some_text(600).windows(16)
     assert least <= mean_k(model, AdaK(allocators), windows) <= most
     assert all(map(torch.equal, model.parameters(), before))
@@ -110,7 +111,7 @@ def test_allocators_start_as_expert_skipping(start, budget):
         start=start,
     )
     text = some_text(2400)
-    families = SkipFamilies(model, text, 16)
+    families = SkipFamilies(model, text.windows(16))
     allocators, price = new_allocators(s, model, text, families)
     target = 4 * budget
     family = best_family(families, target) if start == 'skip' else start
@@ -164,3 +165,18 @@ def test_policies_by_name(name, kind, k_max):
 def test_no_policy_of_that_name(name):
     with pytest.raises(InputError, match=f'--policy {name}: '):
         rule(name, tiny_config())
+
+
+@pytest.mark.parametrize('N', [8, 64, 128])
+@pytest.mark.parametrize('K', [2, 8])
+def test_the_first_step_keeps_the_start_however_many_experts(N, K):
+    config = tiny_config(n_experts=N, top_k=K, dim=64)
+    model = new_model(config, 0).requires_grad_(False)
+    s = Settings(seq=16)
+    text = some_text(8000)
+    allocators, price = new_allocators(s, model, text, SkipFamilies(model, text.windows(16, 2048)))
+    optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=0)
+    noise = torch.rand(3, s.group * s.ppo_batch * 16)
+    batch = next(text.batches(s.ppo_batch, 16, torch.Generator()))
+    row = ppo_step(s, 1, model, allocators, optimizer, batch, noise, price, s.entropy * price)
+    assert 0 < row['approx_kl'] < 0.05

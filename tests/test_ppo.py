@@ -9,6 +9,7 @@ import ppo
 import train
 from allocator import Allocators, Rollout, TopK, mass_labels
 from conftest import random_model, tiny_config
+from run.evaluate import rewards
 from run.start import find_mass
 
 
@@ -60,15 +61,20 @@ def test_group_advantage():
 
 
 def test_reward_to_go():
-    r = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]])
-    assert ppo.reward_to_go(r, 0.5).tolist() == [[3.0, 4.0, 4.0], [2.0, 4.0, 8.0]]
-    assert ppo.reward_to_go(r, 1).tolist() == [[7.0, 6.0, 4.0], [8.0, 8.0, 8.0]]
+    one = torch.zeros(2, 3)                                    # a document
+    r = torch.tensor([[[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]]])
+    assert ppo.reward_to_go(r, 0.5, one).tolist() == [[[3.0, 4.0, 4.0], [2.0, 4.0, 8.0]]]
+    assert ppo.reward_to_go(r, 1, one).tolist() == [[[7.0, 6.0, 4.0], [8.0, 8.0, 8.0]]]
+    two = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    assert ppo.reward_to_go(r, 0.5, two).tolist() == [[[2.0, 2.0, 4.0], [0.0, 4.0, 8.0]]]
     drawn = torch.randn(4, 3, 128)                             # (G,B,T)
-    assert torch.equal(ppo.reward_to_go(drawn, 0.0), drawn)    # the paper's: bit for bit
-    slow = drawn.clone()
-    for t in range(126, -1, -1):
-        slow[..., t] += 0.9 * slow[..., t + 1]
-    torch.testing.assert_close(ppo.reward_to_go(drawn, 0.9), slow)
+    document = torch.randint(3, (3, 128)).cumsum(1)
+    assert torch.equal(ppo.reward_to_go(drawn, 0.0, document), drawn)      # the paper's: bit for bit
+    ahead = torch.arange(128) - torch.arange(128)[:, None]                 # (T,T): u - t
+    weight = torch.where(ahead >= 0, 0.9 ** ahead.clamp_min(0), 0.0)
+    weight = weight * (document[:, None] == document[..., None])           # (B,T,T)
+    slow = torch.einsum('gbu,btu->gbt', drawn, weight)
+    torch.testing.assert_close(ppo.reward_to_go(drawn, 0.9, document), slow)
 
 
 def test_cost_gradient_is_that_of_the_exact_mean():
@@ -148,7 +154,8 @@ def test_mean_gradient_with_credit_over_time_is_exact(discount):
 
     def advantages(*pair):
         rewards = [torch.stack([OWN[a], REWARD[a, b]]) for a, b in pair]
-        return ppo.group_advantage(ppo.reward_to_go(torch.stack(rewards), discount))           # (G,P=2)
+        credit = ppo.reward_to_go(torch.stack(rewards)[:, None], discount, torch.zeros(1, 2))
+        return ppo.group_advantage(credit[:, 0])               # (G,P=2)
     found = mean_over_pairs(theta, advantages, as_layers=False)
     first = theta[0].softmax(-1)
     second = [theta[1][a].softmax(-1) @ REWARD[a] for a in range(3)]                # E[r_2] by the first k
@@ -197,7 +204,7 @@ def test_advantage_is_exactly_0_where_the_sampled_plan_is_top_k():
     allocators = Allocators(model.config, 3, False)
     allocators.bias.data[:, 2] = 50                            # k = 3 = K, always
     inputs, targets = torch.randint(50, (2, 20)), torch.randint(50, (2, 20))
-    sampled = ppo.next_token_logp(model(inputs, Rollout(allocators, torch.rand(3, 40))), targets)
+    sampled = ppo.next_token_logp(model(inputs, Rollout(allocators, torch.rand(3, 40), torch.float)), targets)
     plain = ppo.next_token_logp(model(inputs), targets)
     assert ppo.topk_advantage(sampled, plain).abs().max() == 0
 
@@ -205,9 +212,9 @@ def test_advantage_is_exactly_0_where_the_sampled_plan_is_top_k():
 def test_expected_reward_by_enumeration_and_by_drawing():
     logits, topk = torch.randn(3, 2, 5), torch.randn(2, 5)
     p, q = topk.softmax(-1), logits.softmax(-1)
-    got = ppo.expected_gain(logits, topk)
+    got = ppo.expected_gain(logits - topk, topk)
     torch.testing.assert_close(got, (p * (q / p).log()).sum(-1))
-    assert (ppo.expected_gain(topk, topk) == 0).all()
+    assert (ppo.expected_gain(torch.zeros_like(topk), topk) == 0).all()
     assert (got < 0).all()                                     # never better than top-k
     # it is the mean of what the plan gains over top-k in the sampled reward, over the model's own next tokens
     draws = torch.multinomial(p, 200000, replacement=True)                          # (2,draws)
@@ -221,14 +228,27 @@ def test_expected_reward_keeps_its_digits_however_small_the_change(size):
     logits = topk + size * torch.randn_like(topk)
     p, q = topk.double().log_softmax(-1), logits.double().log_softmax(-1)
     right = (p.exp() * (q - p)).sum(-1)
-    found = ppo.expected_gain(logits, topk).double()
+    found = ppo.expected_gain(logits - topk, topk).double()
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6 * size)
+
+
+def test_the_reward_of_a_bf16_model_is_that_of_its_states_in_fp64():
+    """The noise of logits spaced 0.06 apart would be a thousandth of a nat; what is sought is smaller."""
+    model = random_model(tiny_config(n_vocab=2000)).bfloat16()
+    h = torch.randn(1, 500, 32).bfloat16()
+    hidden = torch.cat([h, h + (0.01 * torch.randn(2, 500, 32)).bfloat16()])          # (n,P,C)
+    found = rewards(model, hidden, torch.zeros(500), True)
+    head = model.lm_head.weight.double()
+    logp = (hidden.double() @ head.T).log_softmax(-1)
+    right = (logp[0].exp() * (logp - logp[0])).sum(-1)
+    assert (found[0] == 0).all()
+    assert (found - right).mean().abs() < 0.02 * right[1:].mean().abs()
 
 
 def test_expected_reward_of_a_plan_that_ruins_the_prediction_is_finite():
     topk, logits = torch.zeros(2, 100), torch.zeros(2, 100)
     logits[0, 0], logits[1, 0] = 1e4, torch.nan
-    gain = ppo.expected_gain(logits, topk)
+    gain = ppo.expected_gain(logits - topk, topk)
     assert -80 < gain[0] < -70 and gain[1].isnan()             # a NaN of the model stays one
 
 
@@ -240,7 +260,7 @@ def test_rollout_rewards_are_those_of_separate_passes(reward):
     got, got_topk = train.rollout_reward(s, model, inputs, targets, TopK(2))
     logits, topk = model(inputs, TopK(2)), model(inputs)
     if reward == 'expected':
-        right, right_topk = ppo.expected_gain(logits, topk), torch.zeros(3, 8)
+        right, right_topk = ppo.expected_gain(logits - topk, topk), torch.zeros(3, 8)
     else:
         right, right_topk = ppo.next_token_logp(logits, targets), ppo.next_token_logp(topk, targets)
     torch.testing.assert_close(got, right.expand(2, -1, -1), rtol=1e-4, atol=1e-4)

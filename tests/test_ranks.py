@@ -1,8 +1,5 @@
 """Several ranks (gloo, on the CPU): the same allocators as one, a part of the weights each, and failures."""
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,48 +14,13 @@ import run.evaluate
 import run.ranks
 import train
 from allocator import TopK
-from conftest import ROOT, random_model, refusal, tiny_config
+from conftest import ROOT, finish, meeting, random_model, refusal, start, tiny_config
 from hub.checkpoint import load, save
 from hub.files import InputError
 from hub.safetensors import read_safetensors
 from run.evaluate import evaluate
 from study import sample
-from test_resume import QUICK, quick, steps  # noqa: F401
-
-SMOKE = '--preset', 'smoke'
-TRAIN = f'{QUICK}from run.console import one_line_errors; one_line_errors("train.py", train.main)'
-
-
-def start(*commands):
-    """One Python process per command, as ranks 0, 1, .. that meet here."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    processes = []
-    for rank, command in enumerate(commands):
-        meet = dict(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(len(commands)),
-            MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=str(port),
-        )
-        processes.append(subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **meet},
-        ))
-    return processes
-
-
-def finish(processes):
-    """[(status, stdout, stderr), ..]"""
-    ends = [p.communicate(timeout=200) for p in processes]
-    return [(p.returncode, *end) for p, end in zip(processes, ends)]
-
+from test_resume import steps
 
 def one_line(error):
     """The one line that a stop may say, behind the progress lines."""
@@ -67,17 +29,12 @@ def one_line(error):
     return lines[0]
 
 
-@pytest.fixture(scope='module')
-def ckpt(smoke):
-    return smoke[0] / 'base'
-
-
-def test_two_ranks_train_the_allocators_of_one(ckpt, tmp_path):
-    args = [*SMOKE, '--ckpt', ckpt, '--out']
-    ends = finish(start(*[['-c', TRAIN, *args, tmp_path / 'two']] * 2))
+def test_two_ranks_train_the_allocators_of_one(quick, tmp_path):
+    two = train.main, [*quick, '--out', tmp_path / 'two']
+    ends = finish(start(tmp_path, two, two))
     assert [status for status, _, _ in ends] == [0, 0], ends
     assert ends[1][1] == ''                                    # rank 1 says nothing
-    train.main([*map(str, args), str(tmp_path / 'one')])
+    train.main([*quick, '--out', str(tmp_path / 'one')])
     one, two = (read_safetensors(tmp_path / out / 'allocator.safetensors')[0] for out in ('one', 'two'))
     for name in one:
         tolerance = 1e-3 if name == 'price' else 1e-5
@@ -139,15 +96,21 @@ def test_a_sharded_model_is_the_loaded_one_and_each_rank_reads_its_part():
     """And a rank ends at once: Python's shutdown beside gloo's threads is what now and then aborts."""
     names = 'mixtral-tied-sharded', 'deepseek-2', 'qwen2_moe-1'
     folders = [ROOT / 'tests/golden' / name for name in names]
-    ends = finish(start(*[['-c', SHARD, ROOT, *folders]] * 3))             # 8 experts do not divide by 3
-    assert [end[:2] for end in ends] == [(3, 'equal\n'), (3, ''), (3, '')], ends
+    processes = [
+        subprocess.Popen([sys.executable, '-c', SHARD, ROOT, *folders], env=env, stdout=-1, text=True)
+        for env in meeting(3)                                  # 8 experts do not divide by 3
+    ]
+    printed = [p.communicate(timeout=200)[0] for p in processes]
+    assert printed == ['equal\n', '', '']
+    assert [p.returncode for p in processes] == [3, 3, 3]
 
 
-def test_text_under_ranks_is_the_text_of_one(smoke, capsys):
+def test_text_under_ranks_is_the_text_of_one(smoke, tmp_path, capsys):
     args = '--run', str(smoke[0]), '--prompt', 'import', '--tokens', '12'
     sample.main(args)
     alone = capsys.readouterr().out.splitlines()
-    (status, together, err), (_, silent, _) = finish(start(*[['-m', 'study.sample', *args]] * 2))
+    both = [(sample.main, args)] * 2
+    (status, together, err), (_, silent, _) = finish(start(tmp_path, *both))
     assert status == 0, err
     assert together.splitlines()[:-1] == alone[:-1]
     assert silent == '' and 'mean k' in together
@@ -181,50 +144,50 @@ def test_a_batch_that_ranks_cannot_share(monkeypatch):
         run.ranks.check_ranks(SimpleNamespace(ppo_batch=7))
 
 
-def test_no_rendezvous(ckpt, tmp_path, monkeypatch, capsys):
-    meet = dict(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1')
-    for name, value in meet.items():
+def test_no_rendezvous(quick, tmp_path, monkeypatch, capsys):
+    for name, value in meeting(2)[1].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(run.ranks, 'PATIENCE', timedelta(seconds=1))
-    line = refusal(capsys, 'train.py', train.main, *SMOKE, '--ckpt', ckpt, '--out', tmp_path)
+    line = refusal(capsys, 'train.py', train.main, *quick, '--out', tmp_path)
     assert 'the ranks do not meet: ' in line
     monkeypatch.setenv('WORLD_SIZE', '')                       # is one process
     run.ranks.join('cpu')
     assert run.ranks.ranks() == (0, 1)
 
 
-def test_no_base_and_no_streaming_under_ranks(ckpt, tmp_path, monkeypatch, capsys):
+def test_no_base_and_no_streaming_under_ranks(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base.frozen, 'ranks', lambda: (0, 2))
     for args, says in (
-        (['--out', tmp_path / 'x'], 'several ranks cannot learn one'),
-        (['--out', tmp_path, '--ckpt', ckpt, '--stream'], '--stream under torchrun'),
+        (['--ckpt', ''], 'several ranks cannot learn one'),
+        (['--stream'], '--stream under torchrun'),
     ):
-        assert says in refusal(capsys, 'train.py', train.main, *SMOKE, *args)
+        assert says in refusal(capsys, 'train.py', train.main, *quick, '--out', tmp_path, *args)
 
 
-def test_ranks_with_different_checkpoints(ckpt, tmp_path):
+def test_ranks_with_different_checkpoints(quick, smoke, tmp_path):
+    ckpt = smoke[0] / 'base'
     other = load(ckpt)
     other.layers[0].mlp.w_out[3] += .01
     save(other, tmp_path)
     (tmp_path / 'tokenizer.json').write_bytes((ckpt / 'tokenizer.json').read_bytes())
-    args = '-c', TRAIN, *SMOKE, '--out', tmp_path / 'x', '--ckpt'
-    ends = finish(start([*args, ckpt], [*args, tmp_path]))
+    args = *quick, '--out', tmp_path / 'x', '--ckpt'
+    ends = finish(start(tmp_path, (train.main, [*args, ckpt]), (train.main, [*args, tmp_path])))
     assert [status for status, _, _ in ends] == [2, 2]
     assert 'is not the same on all ranks' in one_line(ends[0][2])
 
 
-def test_a_stop_saves_and_a_killed_rank_is_one_line(ckpt, tmp_path):
-    args = *SMOKE, '--ckpt', ckpt, '--ppo-steps', '2000', '--save-every', '5', '--out', tmp_path
+def test_a_stop_saves_and_a_killed_rank_is_one_line(quick, tmp_path):
+    args = *quick, '--ppo-steps', '2000', '--save-every', '5', '--out', tmp_path
     state = tmp_path / 'state.pt'
 
     def started(done, *resume):
         """Two ranks that have saved a state after more than `done` steps."""
-        processes = start(*[['-c', TRAIN, *args, *resume]] * 2)
-        while processes[0].poll() is None and not (state.exists() and steps(state) > done):
+        processes = start(tmp_path, *[(train.main, [*args, *resume])] * 2)
+        while processes[0].is_alive() and not (state.exists() and steps(state) > done):
             time.sleep(.05)
         return processes
     processes = started(0)
-    processes[1].send_signal(signal.SIGTERM)                   # one of them is enough
+    processes[1].terminate()                                   # one of them is enough
     assert [status for status, _, _ in finish(processes)] == [130, 130]
     done = steps(state)
     processes = started(done, '--resume')

@@ -1,83 +1,60 @@
 """train.py --resume: a run that was stopped anywhere ends with the same bits as one that was not."""
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-import run.rules
 import train
 from allocator import Allocators
 from base.text import Text
-from conftest import ROOT, random_model, tiny_config
+from conftest import finish, random_model, start, tiny_config
 from hub.files import InputError, write_whole
 from run.console import one_line_errors
 from run.rules import SkipFamilies
 from run.start import new_allocators
 from run.state import load_state, save_state
 
-FLAGS = '--preset', 'smoke', '--save-every', '2'
-QUICK = """
-import run.rules, train
-run.rules.SEARCH_TOKENS = train.PRESETS['smoke']['heldout_tokens'] = 512
-"""
+@pytest.fixture(scope='module')
+def flags(quick):
+    return *quick, '--save-every', '2', '--out'
 
 
-def trained(out, *args):
-    train.main([*FLAGS, '--out', str(out), *args])
+def trained(flags, out, *args):
+    train.main([*flags, str(out), *args])
     return (out / 'allocator.safetensors').read_bytes()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.rules, 'SEARCH_TOKENS', 512)
-        patch.setitem(train.PRESETS['smoke'], 'heldout_tokens', 512)
-        yield
-
-
 @pytest.fixture(scope='module')
-def undisturbed(smoke, tmp_path_factory):
-    """The allocators that a whole run trains on the base of `smoke`."""
-    out = tmp_path_factory.mktemp('whole')
-    shutil.copytree(smoke[0] / 'base', out / 'base')
-    return trained(out)
-
-
-@pytest.fixture
-def out(smoke, tmp_path):
-    """A folder with that base alone."""
-    shutil.copytree(smoke[0] / 'base', tmp_path / 'base')
-    return tmp_path
+def undisturbed(flags, tmp_path_factory):
+    """The allocators that a whole run trains."""
+    return trained(flags, tmp_path_factory.mktemp('whole'))
 
 
 def steps(state):
     return len(torch.load(state, weights_only=True)['log'])
 
 
-def test_killed_at_any_moment_it_ends_the_same(undisturbed, out):
+def test_killed_at_any_moment_it_ends_the_same(undisturbed, flags, tmp_path):
+    out = tmp_path / 'run'
     state = out / 'state.pt'
     done = 0
     for resume in ([], ['--resume']):
-        command = [sys.executable, '-c', f'{QUICK}train.main()', *FLAGS, '--out', out, *resume]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (state.exists() and steps(state) > done):
+        [process] = start(tmp_path, (train.main, [*flags, out, *resume]))
+        while process.is_alive() and not (state.exists() and steps(state) > done):
             time.sleep(.01)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert finish([process])[0][0] == -signal.SIGKILL
         assert steps(state) > done                             # whole at every moment
         done = steps(state)
-    assert trained(out, '--resume') == undisturbed
+    assert trained(flags, out, '--resume') == undisturbed
     assert not state.exists()
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_stop_saves_first(number, undisturbed, out, monkeypatch, capsys):
+def test_a_polite_stop_saves_first(number, undisturbed, flags, tmp_path, monkeypatch, capsys):
     real = train.ppo_step
 
     def step(s, step, *args):
@@ -86,10 +63,10 @@ def test_a_polite_stop_saves_first(number, undisturbed, out, monkeypatch, capsys
         return real(s, step, *args)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(train, 'ppo_step', step)
-        trained(out)
+        trained(flags, tmp_path)
     assert exit.value.code == 130
-    assert steps(out / 'state.pt') == 7
-    assert trained(out, '--resume') == undisturbed
+    assert steps(tmp_path / 'state.pt') == 7
+    assert trained(flags, tmp_path, '--resume') == undisturbed
     assert 'resumed after step 7' in capsys.readouterr().out
 
 
@@ -141,7 +118,7 @@ def test_a_loss_of_nan_leaves_the_last_good_state(tmp_path, monkeypatch):
         of_rollouts, of_topk = real(*args)
         return (of_rollouts * float('nan') if len(log) == 5 else of_rollouts), of_topk
     monkeypatch.setattr(train, 'rollout_reward', reward)
-    allocators, price = new_allocators(s, model, text, SkipFamilies(model, text, 16))
+    allocators, price = new_allocators(s, model, text, SkipFamilies(model, text.windows(16)))
     state = tmp_path / 'state.pt'
     with pytest.raises(InputError, match='step 6'):
         train.train_ppo(s, model, allocators, price, text, log, text.windows(16, 256), state)

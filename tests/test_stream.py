@@ -76,7 +76,7 @@ def test_streamed_training_ends_with_the_same_bits(checkpoint, monkeypatch):
     windows = text.windows(16, 256)
     ends = []
     for model in (load(checkpoint), stream(checkpoint)):
-        families = SkipFamilies(model, text, 16)
+        families = SkipFamilies(model, text.windows(16))
         allocators, price = new_allocators(s, model, text, families)
         log = []
         train.train_ppo(s, model, allocators, price, text, log, windows)

@@ -17,7 +17,7 @@ from conftest import refusal
 from hub.checkpoint import base_digest
 from hub.files import write_json
 from hub.tokenizer import Tokenizer
-from study.analysis import findings, runs, token_classes
+from study.analysis import CLASSES, findings, runs, token_classes
 from study.frontier import METHODS, RULES, by_budget
 from train import PRESETS, Settings
 
@@ -80,6 +80,8 @@ def studied(smoke, tmp_path_factory):
     results = json.loads((run / 'results.json').read_text())
     results['config'].update(FEWER, fresh=True, resume=True)   # it is only read
     write_json(run / 'results.json', results)
+    path = run / 'allocator.safetensors'                       # names the steps that it was trained for
+    path.write_bytes(path.read_bytes().replace(b'ppo_steps\\": 12', b'ppo_steps\\":  4'))
     before = (run / 'base/model.safetensors').stat()
     study.frontier.main([str(run)])
     study.analysis.main([str(run)])
@@ -139,16 +141,19 @@ def test_a_missing_row_is_trained_again_to_the_same_bits(copied):
 
 
 def test_bases_are_rows_of_the_frontier(copied, monkeypatch, capsys):
-    shutil.copytree(copied, copied.parent / 'prose')
+    out = copied.parent / 'out'
+    for name in ('fine', 'prose'):
+        shutil.copytree(copied, out / name)
+    monkeypatch.chdir(copied.parent)
     for name in ('fine', 'prose'):
         monkeypatch.setitem(PRESETS, name, {**PRESETS['smoke'], **FEWER})
     forbid_work(monkeypatch)
-    study.bases.main(['--out', str(copied.parent), '--only', 'fine', 'prose'])
-    results = json.loads((copied.parent / 'bases/bases.json').read_text())
+    study.bases.main(['--only', 'fine', 'prose'])
+    results = json.loads((out / 'bases/bases.json').read_text())
     assert list(results) == ['fine', 'prose']
     at_once = by_budget(rows_of(copied))
     assert by_budget(results['fine']['rows'])['0.75 K'] == at_once['0.75 K']
-    assert (copied.parent / 'bases/bases.png').exists()
+    assert (out / 'bases/bases.png').exists()
     assert '| seeds | fine, K = 4 | prose, K = 4 |' in capsys.readouterr().out
 
 
@@ -245,16 +250,35 @@ def test_analysis_adds_up(studied):
     assert (studied / 'analysis/analysis.png').stat().st_size > 10000
 
 
+RESULTS = {
+    'K': 2,
+    'mean_k': 1.5,
+    'histogram': [0.5, 0.4, 0.1],
+    'by_layer': [1.2, 1.9, 1.4],
+    'by_class': {**dict.fromkeys(CLASSES, 1.2), 'content word': 1.3, 'number': 1.7},
+    'by_difficulty': list(range(10)),
+}
+
+
 def test_findings_say_what_holds():
-    r = {
-        'K': 2,
-        'mean_k': 1.5,
-        'histogram': [0.5, 0.4, 0.1],
-        'by_layer': [1.2, 1.9, 1.4],
-        'by_class': {'content word': 1.3, 'number': 1.7},
-        'by_difficulty': list(range(10)),
-    }
-    *claims, words = findings(r).splitlines()
+    *claims, words = findings(RESULTS).splitlines()
     assert 'k = 1 for 50%, 2 for 40%, 3 for 10% of' in claims[0]
     assert all('** holds here' in claim for claim in claims)
-    assert 'does not hold here: number 1.70, content word 1.30.' in words
+    assert 'does not hold here: number 1.70, content word 1.30, ' in words
+
+
+@pytest.mark.parametrize('text, n_sentences', [
+    ('the 1 größe.', 4),
+    ('no punctuation in line 1', 3),
+    ('12 345', 3),
+    ('7', 3),
+    ('漢字 漢字。', 3),
+    ('', 3),
+])
+def test_a_missing_class_has_no_sentence(text, n_sentences, smoke, tmp_path):
+    tokenizer = Tokenizer(smoke[0] / 'base')
+    classes = token_classes(tokenizer, [tokenizer.eos, *tokenizer.encode(text)])
+    r = {**RESULTS, 'by_class': dict.fromkeys(classes, 1.5)}
+    assert len(findings(r).splitlines()) == n_sentences
+    study.analysis.analysis_figure(tmp_path / 'analysis.png', r)
+    assert (tmp_path / 'analysis.png').exists()

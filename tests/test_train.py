@@ -63,7 +63,7 @@ def test_the_base_is_bit_identical_after_training(smoke):
     s = train.parse(['--preset', 'smoke'])
     model, tokenizer, (text, calibration, _) = base_model(s, out)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    allocators, price = new_allocators(s, model, text, SkipFamilies(model, calibration, s.seq))
+    allocators, price = new_allocators(s, model, text, SkipFamilies(model, calibration.windows(s.seq)))
     start = allocators.weight.detach().clone()
     train.train_ppo(s, model, allocators, price, text, [])
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
