@@ -31,9 +31,9 @@ class Policy:
         """k (P,) int64 in 1..k_max of the tokens x (P,C) with router probabilities (P,N)."""
         raise NotImplementedError
 
-    def select(self, probs, k, renormalise):
-        """ids and weights (P,k_max) of the experts that run (moe_dispatch.py:select)."""
-        return moe_dispatch.select(probs, k, self.k_max, renormalise)
+    def select(self, probs, k, how):
+        """ids, weights and left (P,width) of the experts (moe_dispatch.py:select)."""
+        return moe_dispatch.select(probs, k, self.k_max, how)
 
 
 # ================================================================ rules without training
@@ -286,8 +286,8 @@ class Watched(Policy):
         self.look(layer, x, probs, k)
         return k
 
-    def select(self, probs, k, renormalise):
-        return self.policy.select(probs, k, renormalise)
+    def select(self, probs, k, how):
+        return self.policy.select(probs, k, how)
 
 
 class Counted(Watched):
@@ -308,6 +308,12 @@ class Counted(Watched):
 
     def mean(self):
         return self.mean_by_layer().mean().item()
+
+    def mean_left(self, top_k):
+        """How many of its top_k experts a token does not run, on average."""
+        counts = self.counts.cpu().sum(0)
+        left = (top_k - torch.arange(self.k_max + 1)).clamp_min(0)
+        return ((counts * left).sum() / counts.sum()).item()
 
 
 def find_knob(mean_k, target, low, high, most):

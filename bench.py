@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import moe_dispatch
+import run.standins as standins
 from allocator import AdaK, Allocators
 from base.frozen import base_folder, base_model
 from base.pretrain import new_model
@@ -57,7 +58,7 @@ def routed(layer, T, choice):
 
     choice: 'top-k', K experts for every token, or 'fewer', 1..1.5 K - 1, each as often: 0.75 K in the mean.
     """
-    K = layer.top_k
+    K = layer.weighting.top_k
     k = torch.full((T,), K)
     if choice == 'fewer':
         steps = (torch.arange(T) + 0.5) / T
@@ -66,7 +67,8 @@ def routed(layer, T, choice):
     k_max = k.max().item()
     k = k.to(x.device)
     probs = layer.router(x).float().softmax(-1)                             # (T,N)
-    ids, weights = moe_dispatch.select(probs, k, k_max, True)               # (T,k_max) both
+    how = moe_dispatch.Weighting(k_max, True)
+    ids, weights, _ = moe_dispatch.select(probs, k, k_max, how)             # (T,k_max) each
     return x, ids, weights, k, layer.w_in, layer.w_out
 
 
@@ -108,7 +110,7 @@ def dispatch_rows(name, stage, layer, T, matmul, copy):
         'stage': stage,
         'default': moe_dispatch.path_of(T, layer.w_in).__name__,
         'limit_ms': limits,
-        'k_share': batch[3].float().mean().item() / layer.top_k,           # of `fewer`, the last
+        'k_share': batch[3].float().mean().item() / layer.weighting.top_k, # of `fewer`, the last
     }
     return pairs(cases, layer.w_in.device, about)
 
@@ -166,7 +168,9 @@ def of_run(a, s):
     model, _, texts = base_model(s, run)
     tokens = texts[2].windows(s.seq, 2048)[0].to(s.device)
     if a.run:
-        policy = AdaK.of_run(run, model.config, base_digest(base_folder(s, run)), s.device)
+        digest = base_digest(base_folder(s, run))
+        policy = AdaK.of_run(run, model.config, digest, s.device)
+        standins.use(model, standins.of_run(run, digest))
     else:
         policy = fewer(model, tokens)
     return a.run or a.ckpt, model, tokens, policy

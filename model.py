@@ -167,8 +167,9 @@ class MoE(nn.Module):
     def __init__(self, c, moe_layer):
         super().__init__()
         self.moe_layer = moe_layer
-        self.top_k = c.top_k
-        self.norm_topk = c.norm_topk
+        # run/standins.py may change both: the weights where experts are dropped, and what stands in for these
+        self.weighting = moe_dispatch.Weighting(c.top_k, c.norm_topk, rho=float(c.norm_topk))
+        self.standins = None
         self.router = nn.Linear(c.dim, c.n_experts, bias=False)
         # the experts, stacked; in w_in the rows of gate, then those of up
         self.w_in = nn.Parameter(torch.empty(c.n_experts, 2 * c.expert_dim, c.dim))
@@ -180,12 +181,13 @@ class MoE(nn.Module):
         probs = F.softmax(self.router(x), dim=-1, dtype=torch.float32)      # (P,N)
         if choose_k is None:
             k = None                                                        # all of the top K
-            # ids and weights (P,K)
-            ids, weights = moe_dispatch.select(probs, k, self.top_k, self.norm_topk)
+            ids, weights, left = moe_dispatch.select(probs, k, 0, self.weighting)
         else:
             k = choose_k(self.moe_layer, x, probs)                          # (P,)
-            ids, weights = choose_k.select(probs, k, self.norm_topk)        # (P,k_max) both
+            ids, weights, left = choose_k.select(probs, k, self.weighting)  # (P,width) each
         y = moe_dispatch.moe(x, ids, weights, k, self.w_in, self.w_out)     # (P,C)
+        if self.standins is not None and left is not None:
+            y = y + self.standins(x, ids, left)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_gate is not None:

@@ -14,6 +14,7 @@ The same sum in three ways, which tests compare:
 """
 import functools
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +29,44 @@ def used(k, k_max):
     return torch.arange(k_max, device=k.device) < k[:, None]
 
 
-def select(probs, k, k_max, renormalise):
-    """The k most probable experts of each token, and their weights (eq. 1-3).
+@dataclass
+class Weighting:
+    """What the weight of an expert depends on, beside the router: the model family, and what was fitted."""
+    top_k: int              # K
+    renormalise: bool       # do the weights of the K sum to 1?
+    rho: float = 1.0        # the share of a dropped expert's weight that goes to those that run
+    eta: float = 1.0        # the share of its weight that an expert beyond K gets
 
-    probs (P,N) float, k (P,) integer in 1..k_max, or None for all  ->  ids (P,k_max) int64, the most probable
-    first; weights (P,k_max) like probs, exactly 0 behind the first k. `renormalise`: the kept weights sum to
-    1, as they do in the base model or not (`norm_topk` in Config).
+
+def select(probs, k, k_max, how):
+    """The most probable experts of each token, and their weights (eq. 1-3).
+
+    probs (P,N) float, k (P,) integer in 1..k_max, or None for all K; how a Weighting  ->  ids (P,width) int64,
+    the most probable first, width = max(k_max, K); weights (P,width) like probs, exactly 0 behind the first k;
+    left (P,width), the weight of those of the K that do not run, None where all do. With g = p, or
+    p / (p_1 + .. + p_K) where how.renormalise,
+
+        c_j = e_j g_j (1 + rho dropped / kept),    e_j = 1 up to K, eta beyond,    kept = sum of e_j g_j that run
+
+    and dropped = (g_1 + .. + g_K) - kept. rho = 1 is eq. 3: the weights that are kept sum to 1 again. A token
+    whose second expert points elsewhere than its first is better served by rho = 0, the weights as they were.
     """
-    weights, ids = probs.topk(k_max, dim=-1)                                    # (P,k_max) both
-    if k is not None:
-        weights = weights * used(k, k_max)
-    if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return ids, weights
+    K = how.top_k
+    p, ids = probs.topk(K if k is None else max(k_max, K), dim=-1)              # (P,width) both
+    g = p
+    if how.renormalise:
+        g = p / p[:, :K].sum(-1, keepdim=True)
+    if k is None:
+        return ids, g, None
+    choice = torch.arange(p.shape[1], device=p.device)
+    own = choice < K                                                            # (width,)
+    run = used(k, len(choice))                                                  # (P,width)
+    weights = g * run * torch.where(own, 1.0, how.eta)
+    left = g * (own & ~run)
+    beyond = weights * ~own
+    dropped = (left - beyond).sum(-1, keepdim=True)                             # exactly 0 where k = K
+    kept = weights.sum(-1, keepdim=True)
+    return ids, weights * (1 + how.rho * dropped / kept), left
 
 
 # ================================================================ the reference: a loop over the experts
@@ -194,20 +220,21 @@ def warn_of_fallback(device, dtype):
 
 # ================================================================ what it costs
 
-def flops(config, mean_k, T, allocator_params=0):
+def flops(config, mean_k, T, allocator_params=0, mean_left=0, rank=0):
     """Forward FLOPs of one token in a sequence of T, a multiply-add counted as two: {'experts', 'total'}.
 
     A routed expert is three matmuls of C x F, so the routed experts of a layer cost 6*C*F*mean_k, `mean_k`
     being the mean over tokens and MoE layers. Attention is counted as torch.utils.flop_counter does, without
     a discount for the causal half. `allocator_params`: the allocator weights of all layers, each of them a
-    multiply-add a token.
+    multiply-add a token. mean_left: how many experts of a token have a stand-in of that rank in their place;
+    these count as experts.
     """
     c = config
     L = len(c.moe_layers)
     heads = c.n_heads + c.n_kv_heads
     projections = 4 * c.dim * c.head_dim * heads
     attention = 4 * T * c.n_heads * c.head_dim
-    experts = 6 * c.dim * c.expert_dim * mean_k * L
+    experts = (6 * c.dim * c.expert_dim * mean_k + 4 * c.dim * rank * mean_left) * L
     router = 2 * c.dim * c.n_experts
     shared = 6 * c.dim * c.shared_dim
     shared_gate = 2 * c.dim * c.shared_gate

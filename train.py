@@ -10,7 +10,7 @@
 
 Stages, in order: text -> base model -> start of the allocators -> PPO -> evaluation. They write to `--out`:
     base/                     config.json, model.safetensors, tokenizer.json: transformers opens this folder
-    allocator.safetensors     the trained allocators
+    allocator.safetensors     the trained allocators; standins.safetensors: what runs where an expert does not
     log.csv, training.png     every PPO step
     results.json              the table
 
@@ -27,17 +27,19 @@ from pathlib import Path
 import torch
 
 import ppo
-from allocator import AdaK, RandomMix, Rollout, TopK, TopP
+import run.standins as standins
+from allocator import AdaK, Rollout
 from base.frozen import base_folder, base_model
 from hub.checkpoint import base_digest
 from hub.files import InputError, read_json, reading, write_json
+from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, default_device,
                          one_line_errors, open_device)
-from run.evaluate import (Probe, bits_per_byte, calibrate, clustered_error, effective_documents, evaluate,
-                          flops_shares, rewards)
+from run.evaluate import Probe, bits_per_byte, calibrate, effective_documents, rewards
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import table, training_figure, write_log
-from run.rules import SkipFamilies, best_family
+from run.rules import SkipFamilies
+from run.standins import target_k
 from run.start import new_allocators
 from run.state import Interrupt, load_state, open_run, save_state
 from scale.memory import PASS_TOKENS
@@ -77,6 +79,9 @@ class Settings:
     top_k: int = 2
     expert_dim: int = 96
     base_steps: int = 1200
+    # what becomes of the weight of an expert that does not run (run/standins.py)
+    dropped: str = 'stand-ins'      # 'published': the others get it; 'rho': a fitted part of it; 'stand-ins'
+    rank: int | None = None         # of the stand-ins; None: an eighth of C
     # allocators
     extended: bool = True           # do they see the router's sorted probabilities too?
     start: str = 'skip'             # where PPO starts: see run/start.py
@@ -88,7 +93,7 @@ class Settings:
     entropy: float = 0.15           # bonus of a nat of entropy, in first prices of an expert
     weight_decay: float = 0.0
     # evaluation
-    heldout_tokens: int = 131072    # the probe of PPO, and the text that knobs are set on, are half as long
+    heldout_tokens: int = 131072    # the probe of PPO, and the text that knobs are set on, are a quarter as long
 
 
 PRESETS = {
@@ -115,6 +120,7 @@ PRESETS = {
 }
 # the published settings; the clip range and mini-batches are not published, so ours stay
 PAPER = dict(
+    dropped='published',
     extended=False,
     start='p-warm',
     reward='sampled',
@@ -180,7 +186,7 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     return {'step': step, 'price': price, **row}
 
 
-def next_price(s, first, log, top_k):
+def next_price(s, first, log, config):
     """The price of an expert in the next step: up while the most probable k are too many, down while too few.
 
     In nats; moved in proportion to the mean k that is too much, as it was in all steps and in the last one.
@@ -188,7 +194,8 @@ def next_price(s, first, log, top_k):
     """
     if s.price is not None or not log:
         return first
-    misses = [row['argmax_k'] / top_k - s.budget for row in log]
+    target = target_k(s, config)
+    misses = [(row['argmax_k'] - target) / config.top_k for row in log]
     change = PRICE_RATE * sum(misses) + PRICE_DAMPING * misses[-1]
     return first * min(10, max(0.1, math.exp(change)))
 
@@ -237,7 +244,7 @@ def train_ppo(s, model, allocators, first, text, log, probe=None, state=None):
             # noise of all ranks' tokens: a token's draw does not depend on how many ranks there are
             noise = torch.rand(L, s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
             noise = noise[:, :, mine].flatten(1)                            # (L,G*P)
-            price = next_price(s, first, log, model.config.top_k)
+            price = next_price(s, first, log, model.config)
             row = ppo_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             last = step == s.ppo_steps
             if probe and (last or step % max(1, s.ppo_steps // PROBES) == 0):
@@ -251,52 +258,6 @@ def train_ppo(s, model, allocators, first, text, log, probe=None, state=None):
                 save_state(state, s, facts, allocators, optimizer, generator, log)
             if stop:
                 raise KeyboardInterrupt
-
-
-# ================================================================ evaluation
-
-def compare(s, model, allocators, families, dial, heldout):
-    """The rows of results.json: top-k, Ada-K, and the rules without training at Ada-K's mean k on `dial`."""
-    c = model.config
-    ada = AdaK(allocators)
-    [(_, tally)] = evaluate(model, dial, [ada])
-    mean_k = tally.mean()
-    p = calibrate(model, dial, lambda p: TopP(p, c.n_experts), mean_k, 0, 1)
-    around = mean_k if s.price is not None else s.budget * c.top_k          # known from the start
-    family = best_family(families, around)
-
-    def skip(k):
-        return families.policy(family, k, around)
-    knob = calibrate(model, dial, skip, mean_k, 1, c.top_k)
-    policies = {
-        'top-k': TopK(c.top_k),
-        'ada-k': ada,
-        'random-mix': RandomMix(mean_k),
-        'top-p': TopP(p, c.n_experts),
-        'skip': skip(knob),
-    }
-    windows = heldout.windows(s.seq, s.heldout_tokens)
-    rows = []
-    progress = Progress('evaluation', len(policies))
-    for method, policy in policies.items():
-        torch.manual_seed(s.seed)                              # for RandomMix
-        [(loss, tally)] = evaluate(model, windows, [policy])
-        if method == 'top-k':
-            of_topk = loss
-        delta = (loss - of_topk).numpy()
-        params = allocators.weight.numel() if method == 'ada-k' else 0
-        rows.append({
-            'method': method,
-            'loss': loss.mean().item(),
-            'delta': delta.mean(),
-            'delta_se': clustered_error(delta, windows[2].flatten()),
-            'mean_k': tally.mean(),
-            'mean_k_by_layer': tally.mean_by_layer().tolist(),
-            'k_histogram': (tally.counts.sum(0) / tally.counts.sum()).tolist(),
-            **flops_shares(c, tally.mean(), s.seq, params),
-        })
-        progress(len(rows), len(rows) * len(loss), loss=rows[-1]['loss'])
-    return rows
 
 
 # ================================================================ the whole run
@@ -325,7 +286,9 @@ def run(s, out):
     lap('base')
 
     # allocators: their start, then PPO
-    dial = text.windows(s.seq, s.heldout_tokens // 2)          # what knobs are set on
+    dial = text.windows(s.seq, s.heldout_tokens // 4)          # what knobs are set on
+    fitted = standins.fit(s, model, dial[0])
+    standins.use(model, fitted)
     families = SkipFamilies(model, dial)
     allocators, price = new_allocators(s, model, text, families)
     print(f'allocators: {allocators.n_params():,} trained parameters')
@@ -335,7 +298,7 @@ def run(s, out):
     if state.exists() and not s.resume:
         print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
     try:
-        probe = calibration.windows(s.seq, s.heldout_tokens // 2)
+        probe = calibration.windows(s.seq, s.heldout_tokens // 4)
         train_ppo(s, model, allocators, price, text, log, probe, state)
     except KeyboardInterrupt:
         print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; --resume goes on from {state}')
@@ -345,11 +308,10 @@ def run(s, out):
 
     # evaluation
     if s.price is None:
-        target = s.budget * c.top_k
-        knob = calibrate(model, dial, lambda price: AdaK(allocators, price), target, 2, -2)
+        knob = calibrate(model, dial, lambda price: AdaK(allocators, price), target_k(s, c), 2, -2)
         allocators.price.fill_(knob)
-    rows = compare(s, model, allocators, families, dial, heldout)
     windows = heldout.windows(s.seq, s.heldout_tokens)
+    rows = compare(s, model, allocators, families, dial, windows)
     bpb = bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer)
     n_documents = effective_documents(windows[2].flatten())
     lap('evaluation')
@@ -361,6 +323,7 @@ def run(s, out):
         return
     digest = base_digest(base_folder(s, out))
     allocators.save(out / 'allocator.safetensors', digest, budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
+    standins.save(out, fitted, digest)
     write_log(out / 'log.csv', log)
     write_json(out / 'results.json', {
         'run': out.name,
@@ -375,7 +338,7 @@ def run(s, out):
         'rows': rows,
     })
     state.unlink()                                             # the run is complete
-    training_figure(out / 'training.png', log, c.top_k, s.budget * c.top_k if s.price is None else None)
+    training_figure(out / 'training.png', log, c.top_k, target_k(s, c) if s.price is None else None)
     print(table(rows))
     if n_documents < FEW_DOCUMENTS:
         print(f'errors are rough: the held-out text counts as {n_documents:.1f} documents of equal length')
@@ -396,6 +359,9 @@ def parse(argv, doc=__doc__):
     goal.add_argument('--budget', type=float, help='mean k as a share of K, in (0, 1] (default 0.75)')
     goal.add_argument('--price', type=float, help='instead of a budget: nats per expert and layer')
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
+    p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],
+                   help='what gets the weight of an expert that does not run (run/standins.py)')
+    p.add_argument('--rank', type=int, help='of the stand-ins (default: an eighth of C)')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
     p.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda for --ckpt if there is one)')
     p.add_argument('--stream', action='store_true', help='two layers on the device, the others on the host')

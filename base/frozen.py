@@ -1,4 +1,6 @@
 """base/frozen.py: the frozen base of a run, its tokenizer and text: from --ckpt, or learnt in OUT/base."""
+import bisect
+import itertools
 import os
 import shutil
 
@@ -17,6 +19,7 @@ from scale.memory import check_memory, working_bytes
 from scale.shard import shard
 from scale.stream import stream
 
+BPE_CHARACTERS = 2e6    # of text are enough to learn the merges from
 BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'recipe.json'}
 
 
@@ -99,7 +102,8 @@ def learn_tokenizer(folder, texts, n_vocab):
     if ranks()[1] > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
-    merges = learn_bpe(texts, n_vocab - 1)
+    enough = texts[:1 + bisect.bisect(list(itertools.accumulate(map(len, texts))), BPE_CHARACTERS)]
+    merges = learn_bpe(enough, n_vocab - 1)
     new = folder.with_name(f'{folder.name}.{os.getpid()}.new')
     new.mkdir()
     write_json(new / 'tokenizer.json', tokenizer_json(merges))

@@ -1,4 +1,6 @@
 """base/pretrain.py: a small Mixtral from scratch: Muon for matrices, Adam for the rest, balanced experts."""
+import collections
+
 import torch
 import torch.nn.functional as F
 
@@ -48,19 +50,24 @@ def orthogonalise(G):
 
 
 class Muon:
-    """Momentum orthogonalised by Newton-Schulz; torch's own takes single matrices, the experts are stacks."""
+    """Momentum orthogonalised by Newton-Schulz, of all matrices of one shape at once: few large operations."""
 
     def __init__(self, params):
-        self.params = params
-        self.averages = [torch.zeros_like(p) for p in params]
+        self.groups = collections.defaultdict(list)            # {(m, n): parameters (..,m,n)}
+        for p in params:
+            self.groups[p.shape[-2:]].append(p)
+        self.averages = {shape: 0.0 for shape in self.groups}
 
     @torch.no_grad()
     def step(self, lr):
-        for p, average in zip(self.params, self.averages):
-            average.lerp_(p.grad, 1 - MOMENTUM)
-            update = orthogonalise(p.grad.lerp(average, MOMENTUM))
-            m, n = p.shape[-2:]
-            p.add_(update, alpha=-lr * max(1, m / n) ** 0.5)
+        for (m, n), params in self.groups.items():
+            grads = torch.cat([p.grad.view(-1, m, n) for p in params])
+            average = grads.lerp(torch.as_tensor(self.averages[m, n]), MOMENTUM)
+            self.averages[m, n] = average
+            update = orthogonalise(grads.lerp(average, MOMENTUM))
+            scale = -lr * max(1, m / n) ** 0.5
+            for p, u in zip(params, update.split([p[..., 0, 0].numel() for p in params])):
+                p.add_(u.view_as(p), alpha=scale)
 
 
 def balance_loss(router_probs, top_k):

@@ -12,11 +12,11 @@ import warnings
 
 import torch
 
-from allocator import AdaK, Allocators, Counted, Watched
+from allocator import AdaK, Allocators, Counted
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
-from moe_dispatch import select, used
+from moe_dispatch import Weighting, select, used
 
 ROUTERS = {
     'mixtral': 'MixtralTopKRouter',
@@ -31,9 +31,9 @@ ROUTERS = {
 def attach(model, policy):
     """Let a policy of allocator.py, or that of an allocator file, decide k in the model -> its Tally.
 
-    model: of AutoModelForCausalLM or AutoModel, wherever its layers lie, also inside PEFT's or torch.compile's
-    wrapper. InputError, and an untouched model, for a family or version that is not known, a router that was
-    changed before, quantised experts, or allocators of another base.
+    model: of AutoModelForCausalLM or AutoModel, wherever its layers lie, also in the wrapper of PEFT or of
+    torch.compile. InputError, and an untouched model, for a family or version that is not known, a router
+    that was changed before, quantised experts, or allocators of another base.
     """
     model, decoder = unwrap(model)
     blocks, config = check_blocks(decoder)
@@ -44,18 +44,22 @@ def attach(model, policy):
         raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
     undo = tally.undo.callback
-    undo(decoder.register_forward_pre_hook(tally.begin, with_kwargs=True).remove)
-    undo(decoder.register_forward_hook(tally.end, always_call=True).remove)
+    eager = torch.compiler.disable                             # a compiled hook would not count
+    undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
+    undo(decoder.register_forward_hook(eager(tally.end), always_call=True).remove)
     for layer, block in enumerate(blocks):
-        undo(block.gate.register_forward_hook(router_hook(layer, policy, config, tally)).remove)
+        hook = router_hook(layer, policy, config, tally)
+        undo(block.gate.register_forward_hook(eager(hook)).remove)
         undo(setattr, block.experts, '_is_expert_parallel', block.experts._is_expert_parallel)
         block.experts._is_expert_parallel = True
     criteria = getattr(model, '_get_stopping_criteria', None)
     if criteria:                                               # it can generate
         model._get_stopping_criteria = lambda *args, **kwargs: Ends(criteria(*args, **kwargs), tally.here)
         undo(delattr, model, '_get_stopping_criteria')
+    decoder.__reduce_ex__ = refuse_copies
+    undo(delattr, decoder, '__reduce_ex__')
     decoder._ada_k = tally
-    torch.compiler.reset()                                     # what was compiled before knows no hooks
+    torch.compiler.reset()                                     # code compiled before knows of no hooks
     return tally
 
 
@@ -67,6 +71,11 @@ def detach(model):
         raise InputError('detach: no policy is attached to this model')
     tally.undo.close()
     torch.compiler.reset()
+
+
+def refuse_copies(protocol):
+    """In the place of what copy.deepcopy and pickle ask: a copy would share the hooks and their counts."""
+    raise InputError('a policy is attached to this model: detach it before you copy or pickle the model')
 
 
 def unwrap(model):
@@ -91,7 +100,9 @@ def digest_weights(blocks):
 def weight_of(module, name):
     """A weight of a module, also while accelerate keeps it on the disk or on the CPU (device_map)."""
     weight = getattr(module, name)
-    return module._hf_hook.weights_map[name] if weight.is_meta else weight
+    if weight.is_meta and hasattr(module, '_hf_hook'):
+        weight = module._hf_hook.weights_map[name]
+    return weight
 
 
 # ================================================================ what is counted
@@ -110,8 +121,8 @@ class Tally(Counted):
     """
 
     def __init__(self, policy, n_layers):
-        Watched.__init__(self, policy, self.count)
-        self.by_layer = [torch.zeros(policy.k_max + 1, dtype=torch.long)] * n_layers
+        self.k_max = policy.k_max
+        self.by_layer = [torch.zeros(self.k_max + 1, dtype=torch.long)] * n_layers
         self.unsure = 0
         self.here = Pass()
         self.lock = threading.Lock()
@@ -121,7 +132,6 @@ class Tally(Counted):
     def counts(self):
         return torch.stack([counts.cpu() for counts in self.by_layer])
 
-    @torch.compiler.disable
     def begin(self, decoder, args, kwargs):
         """Before every pass: which of its tokens are real."""
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
@@ -133,8 +143,7 @@ class Tally(Counted):
         real = real_tokens(x, given.get('attention_mask'), past)
         if real is None:
             warnings.warn('attach: a pass is not counted: its mask does not tell which tokens are padding')
-            with self.lock:
-                self.unsure += 1
+            self.unsure += 1
             real = torch.zeros(x.shape[:2], device=x.device)
         ended = self.here.ended
         if ended is not None and len(ended) == len(x):
@@ -142,7 +151,6 @@ class Tally(Counted):
         self.here.ended = None                                 # until generate looks again
         self.here.real = real.flatten().long()
 
-    @torch.compiler.disable
     def end(self, decoder, args, outputs):
         self.here.real = None
 
@@ -153,9 +161,6 @@ class Tally(Counted):
             with self.lock:
                 counts = self.by_layer[layer].to(k.device)
                 self.by_layer[layer] = counts.scatter_add(0, k, real.to(k.device))
-
-    def __reduce_ex__(self, protocol):
-        raise InputError('a policy is attached to this model: detach it before you copy or pickle the model')
 
 
 class Ends(list):
@@ -192,7 +197,7 @@ def real_tokens(x, mask, past):
         mask = next(iter(mask.values()))
     if mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < T:
+    if not isinstance(mask, torch.Tensor):                     # flex attention's
         return None
     first = torch.as_tensor(past, device=mask.device).clamp(max=mask.shape[-1] - T)
     t = torch.arange(T, device=mask.device)
@@ -208,7 +213,8 @@ def real_tokens(x, mask, past):
 
 def router_hook(layer, policy, config, tally):
     """A forward hook (router, inputs, outputs) -> outputs with the policy's choices."""
-    @torch.compiler.disable
+    how = Weighting(config.top_k, config.norm_topk, rho=float(config.norm_topk))
+
     def hook(router, args, outputs):
         logits, weights, _ = outputs
         x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
@@ -218,9 +224,9 @@ def router_hook(layer, policy, config, tally):
         width = policy.k_max
         if k.device.type == 'cpu':                                          # a GPU would have to wait for it
             width = int(k.max())
-        ids, chosen = select(probs, k, width, config.norm_topk)             # (P,width) both
-        ids = torch.where(used(k, width), ids, config.n_experts)
-        return logits, chosen.to(weights.dtype), ids
+        ids, chosen, _ = select(probs, k, width, how)                       # at least K wide
+        ids = torch.where(used(k, width), ids[:, :width], config.n_experts)             # (P,width)
+        return logits, chosen[:, :width].to(weights.dtype), ids
     return hook
 
 

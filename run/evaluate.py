@@ -129,12 +129,15 @@ def bits_per_byte(nats, windows, tokenizer):
     return nats / math.log(2) / n_bytes
 
 
-def flops_shares(config, mean_k, T, allocator_params=0):
-    """FLOPs as shares of those of the model's own top-k, and the mean k that they are of."""
-    ours = flops(config, mean_k, T, allocator_params)
+def flops_shares(config, tally, T, rank, allocator_params=0):
+    """FLOPs as shares of those of the model's own top-k, and the mean k that they are of.
+
+    tally: a Counted; rank: of the stand-ins, 0 where there are none.
+    """
+    ours = flops(config, tally.mean(), T, allocator_params, tally.mean_left(config.top_k), rank)
     topk = flops(config, config.top_k, T)
     return {
-        'mean_k': mean_k,
+        'mean_k': tally.mean(),
         'expert_flops': ours['experts'] / topk['experts'],
         'total_flops': ours['total'] / topk['total'],
     }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from allocator import Allocators, find_knob, mass_labels
 from run.console import Progress
 from run.rules import best_family, look, worth_of_an_expert
+from run.standins import target_k
 from scale.memory import PASS_TOKENS, allocator_sizes
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
@@ -29,8 +30,9 @@ def new_allocators(s, model, text, families):
     allocators = Allocators(model.config, k_max, s.extended).to(s.device)
     generator = torch.Generator().manual_seed(s.seed)
     batches = text.batches(s.ppo_batch, s.seq, generator)
-    share = s.budget if s.price is None else UNBUDGETED
-    mean_k = max(1, share * model.config.top_k)
+    mean_k = target_k(s, model.config)
+    if s.price is not None:
+        mean_k = max(1, UNBUDGETED * model.config.top_k)
     if s.extended:
         inputs = next(batches)[0]
         standardise(model, allocators, inputs[:max(1, PASS_TOKENS // s.seq)])

@@ -17,7 +17,8 @@ from run.ranks import ranks
 NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream'
 
 # what a run writes into its folder, beside base/
-WRITTEN = 'allocator.safetensors', 'state.pt', 'log.csv', 'results.json', 'training.png'
+WRITTEN = ('allocator.safetensors', 'standins.safetensors', 'state.pt', 'log.csv', 'results.json',
+           'training.png')
 
 
 @contextmanager

@@ -40,17 +40,17 @@ class SoftMixture(TopK):
         self.steps.append(logits.softmax(-1))
         return super().__call__(layer, x, probs)
 
-    def select(self, probs, k, renormalise):
-        """ids and weights (P,k_max): expert j gets p_j * sum over k >= j of pi_k / (p_1 + .. + p_k).
-
-        Without `renormalise` of pi_k alone.
-        """
-        p, ids = probs.topk(self.k_max, dim=-1)
-        share = self.steps[-1]                                              # (P,k_max)
-        if renormalise:
-            share = share / p.cumsum(-1)
-        from_j_on = share.flip(-1).cumsum(-1).flip(-1)
-        return ids, p * from_j_on
+    def select(self, probs, k, how):
+        """As moe_dispatch.py:select, in the mean over k: expert j runs where k >= j, is left where k < j."""
+        every_k = torch.arange(1, self.k_max + 1, device=probs.device)
+        pi = self.steps[-1]                                                 # (P,A)
+        weights = 0
+        left = 0
+        for n in every_k:
+            ids, of_n, left_by_n = super().select(probs, n.expand(len(probs)), how)
+            weights = weights + pi[:, n - 1, None] * of_n
+            left = left + pi[:, n - 1, None] * left_by_n
+        return ids, weights, left
 
 
 def train_soft(s, model, allocators, first, text, log):
@@ -74,7 +74,7 @@ def train_soft(s, model, allocators, first, text, log):
         mean_k = (pi @ k).mean()
         entropy = torch.special.entr(pi).sum(-1).mean()
         decisive = DECISIVE * min(1, 2 * step / steps)
-        price = next_price(s, first, log, model.config.top_k)
+        price = next_price(s, first, log, model.config)
         of_layer = price * mean_k + decisive * entropy
         loss = len(pi) * of_layer - reward
         optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - (step - 1) / steps)

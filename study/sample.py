@@ -7,8 +7,10 @@ import time
 
 import torch
 
+import run.standins as standins
 from allocator import Counted, Watched
 from base.frozen import load_model
+from hub.checkpoint import base_digest
 from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from model import generate_steps
@@ -70,6 +72,8 @@ def main(argv=None):
         raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
                          f'the model has only {config.n_vocab} tokens')
     model = load_model(s, folder)
+    if a.run:
+        standins.use(model, standins.of_run(a.run, base_digest(folder)))
     tally = Counted(policy, len(config.moe_layers), a.device)
     start = time.perf_counter()
     tokens = torch.tensor([ids], device=a.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import run.standins as standins
 from allocator import AdaK, Allocators, TopK
 from base.frozen import base_folder, base_model
 from hub.checkpoint import base_digest
@@ -18,6 +19,7 @@ from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import check_ranks, gathered
 from run.rules import SkipFamilies
+from run.standins import target_k
 from run.start import new_allocators
 from study.policies import train_soft
 from train import PAPER, settings_of, train_ppo
@@ -41,8 +43,9 @@ class Study:
         self.model, self.tokenizer, texts = base_model(s, out)
         self.text, _, heldout = texts
         self.K = self.model.config.top_k
-        self.dial = self.text.windows(s.seq, s.heldout_tokens // 2)         # knobs are set on these
+        self.dial = self.text.windows(s.seq, s.heldout_tokens // 4)         # knobs are set on these
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
+        standins.use(self.model, standins.fit(self.s, self.model, self.dial[0]))
         self.families = SkipFamilies(self.model, self.dial)
         self.digest = base_digest(base_folder(s, out))
         self.folder = out / name
@@ -75,8 +78,9 @@ class Study:
             return tensors['loss'].double(), tensors['counts']
 
     def calibrated(self, policy_of, budget, low, high):
-        """policy_of(knob) with mean k = budget * K on many training documents."""
-        knob = calibrate(self.model, self.dial, policy_of, budget * self.K, low, high)
+        """policy_of(knob) that meets the budget on many training documents."""
+        target = target_k(replace(self.s, budget=budget), self.model.config)
+        knob = calibrate(self.model, self.dial, policy_of, target, low, high)
         return policy_of(knob)
 
     def ada_k(self, kind, trained_at, seed, budget=BUDGET, **changes):

@@ -1,10 +1,11 @@
-"""Small models for the tests, one finished smoke run, and the project's folder on the import path."""
+"""Small models for the tests, one finished smoke run, programs in processes of their own."""
 import contextlib
 import io
 import multiprocessing
 import os
 import socket
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def random_model(config, seed=0):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def one_library():
+    """The standard library, the text of most runs, is read once."""
+    import base.frozen
+    read = base.frozen.read_documents
+    library = cache(partial(read, ''))
+
+    def read_once(data, *how):
+        return read(data, *how) if data else library(*how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base.frozen, 'read_documents', read_once)
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -15,8 +15,7 @@ from base.text import Text, learn_bpe
 from conftest import tiny_config
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
-from hub.tokenizer import Tokenizer
-from run.evaluate import bits_per_byte, clustered_error, effective_documents, evaluate
+from run.evaluate import clustered_error, effective_documents, evaluate
 
 
 # ---------------------------------------------------------------- text
@@ -203,15 +202,6 @@ def test_two_errors_hold_the_truth_however_many_documents(shares, of_documents):
 def test_effective_documents_by_hand():
     assert effective_documents(np.arange(10) // 5) == 2
     assert effective_documents(np.array([1, 1, 1, 4])) == 1.6
-
-
-def test_bits_per_byte_by_hand(smoke):
-    tokenizer = Tokenizer(smoke[0] / 'base')
-    ids = tokenizer.document('abc')
-    windows = None, torch.tensor([ids])
-    nats = 3 * math.log(2)
-    bits = bits_per_byte(nats, windows, tokenizer)
-    assert bits == pytest.approx(1)
 
 
 def test_what_stands_in_front_of_a_text_begins_every_window():

@@ -12,6 +12,7 @@ import ppo
 import train
 from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP
 from conftest import tiny_config
+from hub.plug import Tally, router_hook
 from model import Cache, Transformer
 from run.evaluate import evaluate
 from scale.graph import Captured, graph_decoder
@@ -109,3 +110,39 @@ def test_evaluation(expected):
     model, tokens = model_of('qwen2_moe')
     [(nats, tally)] = evaluate(model, (tokens, tokens, None), [Skip(0.5, 2)], expected)
     assert nats.shape == (12,) and tally.counts.shape == (3, 3)
+
+
+class Decoder:
+    """What hub/plug.py asks a model of transformers, or its cache."""
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None):
+        pass
+
+    def get_seq_length(self):
+        return torch.zeros((), dtype=torch.int, device='cuda')
+
+
+@pytest.mark.parametrize('policy', POLICIES)
+@pytest.mark.parametrize('mask', [(2, 9), (2, 1, 6, 9), None])
+def test_hooks_inside_transformers(policy, mask):
+    c = tiny_config(**SIZES)
+    choose_k = POLICIES[policy](c) or TopK(c.top_k)
+    x = torch.rand(12, c.dim, device='cuda')
+    logits = torch.rand(12, c.n_experts, device='cuda')
+    if mask:
+        mask = torch.ones(mask, dtype=torch.bool, device='cuda')
+    tally = Tally(choose_k, len(c.moe_layers))
+    tally.here.ended = torch.zeros(2, dtype=torch.bool, device='cuda')
+    tally.begin(Decoder(), (torch.ones(2, 6, dtype=torch.long, device='cuda'), mask, Decoder()), {})
+    hook = router_hook(1, choose_k, c, tally)
+    _, weights, ids = hook(None, (x,), (logits, logits, None))
+    assert weights.shape == ids.shape == (12, choose_k.k_max)
+    assert ids.device.type == tally.by_layer[1].device.type == 'cuda'
+
+
+def test_a_policy_follows_the_model_to_another_device():
+    c = tiny_config(**SIZES)
+    policy = AdaK(Allocators(c, 4, True))
+    for device in ('cpu', 'cuda', 'cpu'):
+        k = policy(0, torch.rand(12, c.dim, device=device), torch.rand(12, c.n_experts, device=device))
+        assert k.device.type == device

@@ -18,13 +18,14 @@ FLOORS = [
     ['ppo'],
     ['scale.memory', 'scale.graph', 'scale.stream', 'scale.shard'],
     ['run.ranks', 'run.console', 'run.state', 'run.evaluate', 'run.report', 'run.timing', 'run.speed',
-     'run.rules', 'run.start'],
+     'run.rules', 'run.standins', 'run.compare',
+     'run.start'],
     ['base.documents', 'base.text', 'base.pretrain'],
     ['base.frozen'],
     ['train'],
     ['bench'],
     ['scale.plan', 'study.policies', 'study.study', 'study.frontier', 'study.bases', 'study.recipes',
-     'study.analysis', 'study.sample', 'study.tasks'],
+     'study.analysis', 'study.sample', 'study.exercise', 'study.tasks', 'study.explore'],
 ]
 # what the files that are read aloud may lean on, no more
 ALLOWED = {

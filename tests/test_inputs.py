@@ -1,4 +1,5 @@
 """Texts, folders and streams as people have them: read right, or refused in one line."""
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from base.documents import read_documents, split_documents, text_digest
 from base.text import Text, tokenize
 from conftest import refusal
 from hub.files import InputError
+from run.console import one_line_errors
 from run.evaluate import clustered_error
 from run.state import open_run
 
@@ -284,22 +286,21 @@ def test_names_that_are_no_utf8(tmp_path):
 
 # ---------------------------------------------------------------- the streams and the environment
 
-PRINTS = 'import run.console as c; c.one_line_errors("x", lambda argv: print("± 漢"))'
-FIGURES = 'import run.report, run.speed, study.bases'
+@pytest.mark.parametrize('encoding, printed', [('ascii', '\\xb1 \\u6f22\n'), ('latin-1', '± \\u6f22\n')])
+def test_what_a_console_cannot_spell_is_escaped(encoding, printed, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, 'stdout', console)
+    one_line_errors('x', lambda argv: print('± 漢'))
+    console.flush()
+    assert console.buffer.getvalue().decode(encoding) == printed
 
 
-@pytest.mark.parametrize('code, name, value', [
-    (PRINTS, 'PYTHONIOENCODING', 'ascii'),
-    (PRINTS, 'PYTHONIOENCODING', 'latin-1:strict'),
-    (FIGURES, 'MPLBACKEND', 'module://matplotlib_inline.backend_inline'),
-    (FIGURES, 'MPLBACKEND', 'TkAgg'),
-    (FIGURES, 'MPLBACKEND', 'nonsense'),
-])
-def test_programs_run_whatever_the_environment_says(code, name, value):
+@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'TkAgg', 'nonsense'])
+def test_figures_need_no_backend_of_the_environment(backend):
     done = subprocess.run(
-        [sys.executable, '-c', code],
+        [sys.executable, '-c', 'import run.report'],
         cwd=ROOT,
-        env={**os.environ, name: value},
+        env={**os.environ, 'MPLBACKEND': backend},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr

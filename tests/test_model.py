@@ -17,14 +17,6 @@ def test_static_k_equals_the_plain_model():
     assert not torch.allclose(model(tokens), model(tokens, TopK(2)))
 
 
-def test_allocators_that_always_say_K_equal_the_plain_model():
-    model = random_model(tiny_config())
-    allocators = Allocators(model.config, 8, False)
-    allocators.bias.data[:, 2] = 9                             # action k = 3 = K
-    tokens = torch.randint(50, (2, 20))
-    torch.testing.assert_close(model(tokens), model(tokens, AdaK(allocators)), rtol=1e-5, atol=1e-5)
-
-
 def test_future_tokens_change_nothing_before_them():
     model = random_model(tiny_config())
     allocators = Allocators(model.config, 8, True)

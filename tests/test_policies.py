@@ -109,6 +109,7 @@ def test_allocators_start_as_expert_skipping(start, budget):
         budget=budget,
         seq=16,
         start=start,
+        dropped='published',
     )
     text = some_text(2400)
     families = SkipFamilies(model, text.windows(16))

@@ -1,7 +1,4 @@
-"""The six published models on the meta device: parameter counts, tensor names, shapes, allocator sizes."""
-
-import math
-
+"""The six published models on the meta device: parameters, tensors in the files, allocator sizes."""
 import pytest
 import torch
 
@@ -128,50 +125,14 @@ SIZES = {
     'mixtral-8x7b': (46_702_792_704, 995, 1.05), 'mixtral-8x22b': (140_620_634_112, 1739, 2.75),
     'qwen1.5-moe': (14_315_784_192, 4659, 2.95), 'deepseek-moe-16b': (16_375_728_128, 5466, 3.54),
     'olmoe-1b-7b': (6_919_161_856, 3219, None), 'qwen3-30b-a3b': (30_532_122_624, 18867, None)}
-# a tensor that only this family has or spells so, of the last layer
-SHAPES = {
-    'mixtral-8x7b': {
-        'model.layers.31.block_sparse_moe.experts.7.w1.weight': [14336, 4096],
-        'model.layers.31.block_sparse_moe.gate.weight': [8, 4096],
-        'model.layers.31.self_attn.k_proj.weight': [1024, 4096],
-    },
-    'mixtral-8x22b': {
-        'model.layers.55.block_sparse_moe.experts.0.w2.weight': [6144, 16384],
-        'lm_head.weight': [32000, 6144],
-    },
-    'qwen1.5-moe': {
-        'model.layers.23.mlp.shared_expert_gate.weight': [1, 2048],
-        'model.layers.23.self_attn.v_proj.bias': [2048],
-        'model.layers.23.mlp.shared_expert.down_proj.weight': [2048, 5632],
-        'model.layers.23.mlp.experts.59.up_proj.weight': [1408, 2048],
-    },
-    'deepseek-moe-16b': {
-        'model.layers.0.mlp.gate_proj.weight': [10944, 2048],
-        'model.layers.27.mlp.gate.weight': [64, 2048],
-        'model.layers.27.mlp.shared_experts.up_proj.weight': [2816, 2048],
-    },
-    'olmoe-1b-7b': {
-        'model.layers.15.self_attn.q_norm.weight': [2048],
-        'model.layers.15.mlp.experts.63.down_proj.weight': [2048, 1024],
-    },
-    'qwen3-30b-a3b': {
-        'model.layers.47.self_attn.q_proj.weight': [4096, 2048],
-        'model.layers.47.self_attn.k_norm.weight': [128],
-        'model.layers.47.mlp.experts.127.gate_proj.weight': [768, 2048],
-    },
-}
-
-
 @pytest.mark.parametrize('name', HUB)
 def test_published_model_on_the_meta_device(name):
     config = from_hf(HUB[name])
     with torch.device('meta'):
         model = Transformer(config).to(torch.bfloat16)
         allocators = Allocators(config, config.n_experts, False)
-    tensors = {n: list(t.shape) for n, t in hub_tensors(model).items()}
+    tensors = hub_tensors(model).values()
     parameters, files, millions = SIZES[name]
-    assert sum(map(math.prod, tensors.values())) == sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(t.numel() for t in tensors) == sum(p.numel() for p in model.parameters()) == parameters
     assert len(tensors) == files
-    for tensor, shape in SHAPES[name].items():
-        assert tensors[tensor] == shape
     assert millions is None or round(allocators.n_params() / 1e6, 2) == millions

@@ -96,9 +96,10 @@ def test_a_sharded_model_is_the_loaded_one_and_each_rank_reads_its_part():
     """And a rank ends at once: Python's shutdown beside gloo's threads is what now and then aborts."""
     names = 'mixtral-tied-sharded', 'deepseek-2', 'qwen2_moe-1'
     folders = [ROOT / 'tests/golden' / name for name in names]
+    command = [sys.executable, '-c', SHARD, ROOT, *folders]
     processes = [
-        subprocess.Popen([sys.executable, '-c', SHARD, ROOT, *folders], env=env, stdout=-1, text=True)
-        for env in meeting(3)                                  # 8 experts do not divide by 3
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for environment in meeting(3)                          # 8 experts do not divide by 3
     ]
     printed = [p.communicate(timeout=200)[0] for p in processes]
     assert printed == ['equal\n', '', '']

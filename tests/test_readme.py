@@ -1,17 +1,16 @@
 """The README's tables are what the committed results say, and its files exist."""
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_tables_come_from_the_results():
-    done = subprocess.run(
-        [sys.executable, ROOT / '.ci' / 'readme.py', '--check'], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_tables_come_from_the_results(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['readme.py', '--check'])
+    monkeypatch.setattr(sys, 'path', [*sys.path])              # which it adds to
+    runpy.run_path(str(ROOT / '.ci/readme.py'))                # it exits where a table differs
 
 
 def test_every_file_and_function_named_exists():

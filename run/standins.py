@@ -1,0 +1,194 @@
+"""run/standins.py: what a token loses with an expert that does not run, and how much of it can be had for less.
+
+Dropping an expert leaves a hole in the layer's output. The published rule fills it with more of the experts
+that run (eq. 3), which mostly point elsewhere. Two better ways, both fitted in closed form on training text
+under the model's own top-k, in seconds:
+    rho         one number a layer: how much of the hole's weight the others get (moe_dispatch.py:select)
+    stand-ins   for each expert n a linear map of rank r, e_n(x) ~ B_n A_n x + b_n
+
+A stand-in costs 4 r C FLOPs where an expert costs 6 C F. Every policy uses the same ones.
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from hub.files import InputError, reading
+from hub.safetensors import read_safetensors, write_safetensors
+from moe_dispatch import STATIC_TOKENS
+from run.rules import look
+from scale.memory import PASS_TOKENS
+
+RIDGE = 1e-3            # of the mean variance of x
+FEW_TOKENS = 16         # on a CPU, up to here StandIns.few is faster
+
+
+def rank_of(s, config):
+    """The rank of the stand-ins of a run: 0 where there are none."""
+    if s.dropped != 'stand-ins':
+        return 0
+    return s.rank or config.dim // 8
+
+
+def target_k(s, config):
+    """The mean k with which experts and stand-ins cost s.budget of the FLOPs of all K experts, at least 1."""
+    K = config.top_k
+    share = 4 * rank_of(s, config) / (6 * config.expert_dim)               # a stand-in's, of an expert's FLOPs
+    return max(1, K * (s.budget - share) / (1 - share))
+
+
+@torch.no_grad()
+def fit(s, model, inputs):
+    """{name: fp32 tensor}: rho (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C); s.dropped says which.
+
+    inputs (B,T): training text, of which as many sequences are used as fit into a pass.
+    """
+    config = model.config
+    experts = [model.layers[i].mlp for i in config.moe_layers]
+    published = torch.full((len(experts),), float(config.norm_topk))
+    if s.dropped == 'published' or config.top_k == 1:
+        return {'rho': published}
+    rank = rank_of(s, config)
+    if rank > config.dim:
+        raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
+    few = max(1, PASS_TOKENS // inputs.shape[1])
+
+    def fit_layer(layer, x, probs):
+        moe = experts[layer]
+        p, ids = probs.topk(config.top_k, dim=-1)                           # (P,K)
+        g = p / p.sum(-1, keepdim=True)
+        if rank == 0:
+            return [fit_rho(moe, x, g, ids)]
+        maps = [fit_expert(moe, x, g, ids, n, rank) for n in range(config.n_experts)]
+        return list(map(torch.stack, zip(*maps)))
+    apart = max(1, len(inputs) // few)
+    layers = look(model, inputs[::apart][:few], fit_layer)
+    found = [torch.stack(of_layers).cpu() for of_layers in zip(*layers)]
+    poor = rank and (found[0] == 0).flatten(2).all(2).sum().item()
+    if poor:
+        print(f'stand-ins: too few tokens choose {poor} of the experts: their mean output stands in for them')
+    if rank == 0:
+        return {'rho': found[0] if config.norm_topk else published}
+    return {'rho': torch.zeros_like(published), **dict(zip('ABb', found))}
+
+
+def output(moe, n, x):
+    """Expert n at x (rows,C), in fp64."""
+    gate, up = (x @ moe.w_in[n].T).chunk(2, dim=-1)
+    hidden = F.silu(gate) * up
+    return (hidden @ moe.w_out[n].T).double()
+
+
+def fit_rho(moe, x, g, ids):
+    """The rho with which the K - 1 first experts make up best for the last: least squares of its output.
+
+    x (P,C), g and ids (P,K). With one expert dropped the others' weights grow by rho g_K / (1 - g_K).
+    """
+    last = torch.zeros(x.shape, dtype=torch.double, device=x.device)
+    kept = torch.zeros_like(last)
+    for n in range(len(moe.w_in)):
+        token, choice = torch.where(ids == n)
+        out = g[token, choice, None] * output(moe, n, x[token])             # (rows,C)
+        is_last = choice == ids.shape[1] - 1
+        last.index_add_(0, token[is_last], out[is_last])
+        kept.index_add_(0, token[~is_last], out[~is_last])
+    share = g[:, -1:] / (1 - g[:, -1:])
+    more = share * kept                                                     # what rho = 1 gives instead
+    return ((more * last).sum() / (more * more).sum()).clamp(0, 1).float()
+
+
+def fit_expert(moe, x, g, ids, n, rank):
+    """A (r,C), B (C,r), b (C,) of expert n: reduced-rank regression of its output on x.
+
+    Over the tokens that have it among their choices but not first, weighted by g^2, as it is their part of the
+    layer's error. Fewer such tokens than the rank leave the mean alone.
+    """
+    token, choice = torch.where(ids[:, 1:] == n)
+    C = x.shape[1]
+    A = x.new_zeros(rank, C, dtype=torch.float)
+    B = x.new_zeros(C, rank, dtype=torch.float)
+    if len(token) == 0:
+        return A, B, A.new_zeros(C)
+    weight = g[token, 1 + choice, None].double().square()                   # (rows,1)
+    weight = weight / weight.sum()
+    X = x[token].double()
+    Y = output(moe, n, x[token])
+    mean_x = (weight * X).sum(0)
+    mean_y = (weight * Y).sum(0)
+    if len(token) <= rank:
+        return A, B, mean_y.float()
+    X = X - mean_x
+    moments = X.T @ (weight * X)                                            # (C,C)
+    ridge = RIDGE * moments.diagonal().mean() * torch.eye(C, dtype=X.dtype, device=X.device)
+    W = torch.linalg.solve(moments + ridge, X.T @ (weight * (Y - mean_y)))  # (C,C), Y ~ X W
+    _, directions = torch.linalg.eigh(W.T @ moments @ W)                    # of what is predicted, rising
+    B = directions[:, -rank:]                                               # (C,r)
+    A = (W @ B).T
+    return A.float(), B.float(), (mean_y - B @ (A @ mean_x)).float()
+
+
+# ================================================================ in the model
+
+class StandIns:
+    """The stand-ins of one layer: A (N,r,C), B (N,C,r), b (N,C).
+
+    Called with x (P,C), ids and left (P,width) from moe_dispatch.py:select it gives (P,C) in x's dtype:
+    the sum over the choices j of left_j (B A x + b).
+    """
+
+    def __init__(self, A, B, b):
+        self.A = A
+        self.B = B
+        self.b = b
+
+    def __call__(self, x, ids, left):
+        few = STATIC_TOKENS if x.is_cuda else FEW_TOKENS
+        aligned = self.A.shape[1] * self.A.element_size() % 16 == 0        # as grouped matmuls want it
+        if len(x) <= few or not aligned:
+            return self.few(x, ids, left)
+        return self.many(x, ids, left)
+
+    def few(self, x, ids, left):
+        """The plain form, faster for a few tokens: no shape depends on k."""
+        low = self.A[ids] @ x[:, None, :, None]                             # (P,width,r,1)
+        out = (self.B[ids] @ low).squeeze(-1) + self.b[ids]                 # (P,width,C)
+        return (left[..., None].to(x.dtype) * out).sum(1)
+
+    def many(self, x, ids, left):
+        """The same over exactly the choices that do not run, sorted by expert; one host sync."""
+        token, choice = torch.where(left > 0)                               # (rows,) both
+        expert, order = ids[token, choice].sort()
+        token = token[order]
+        choice = choice[order]
+        experts = torch.arange(len(self.A), device=ids.device)
+        ends = torch.searchsorted(expert, experts, right=True, out_int32=True)      # (N,)
+        low = F.grouped_mm(x[token], self.A.mT, offs=ends)                  # (rows,r)
+        out = F.grouped_mm(low, self.B.mT, offs=ends) + self.b[expert]      # (rows,C)
+        weight = left[token, choice, None].to(x.dtype)
+        return torch.zeros_like(x).index_add(0, token, weight * out)
+
+
+def use(model, fitted):
+    """Let the model run with what `fit` returned."""
+    for layer, i in enumerate(model.config.moe_layers):
+        moe = model.layers[i].mlp
+        moe.weighting.rho = fitted['rho'][layer].item()
+        moe.standins = None
+        if 'A' in fitted:
+            maps = [fitted[name][layer].to(model.device, model.dtype) for name in 'ABb']
+            moe.standins = StandIns(*maps)
+
+
+def save(run, fitted, base):
+    """Write what `fit` returned into the folder of a run; `base`: the digest of the model it is of."""
+    write_safetensors(Path(run) / 'standins.safetensors', fitted, {'base': base})
+
+
+def of_run(run, base):
+    """What the run in a folder was trained with; InputError if it is damaged, or of another base model."""
+    path = Path(run) / 'standins.safetensors'
+    with reading(path):
+        fitted, metadata = read_safetensors(path)
+        if metadata['base'] != base:
+            raise InputError(f'{path}: fitted on another base model than this one')
+    return fitted
