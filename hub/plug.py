@@ -9,9 +9,11 @@ import contextlib
 import inspect
 import threading
 import warnings
+from pathlib import Path
 
 import torch
 
+import run.standins as standins
 from allocator import AdaK, Allocators, Counted
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
@@ -28,10 +30,11 @@ ROUTERS = {
 
 # ================================================================ in and out
 
-def attach(model, policy):
-    """Let a policy of allocator.py, or that of an allocator file, decide k in the model -> its Tally.
+def attach(model, policy, fitted=None):
+    """Let a policy of allocator.py decide k in the model -> its Tally.
 
-    model: of AutoModelForCausalLM or AutoModel, wherever its layers lie, also in the wrapper of PEFT or of
+    policy: also the path of an allocator file; the stand-ins of that run, beside it, are then used too.
+    fitted: those to use with a policy (run/standins.py:fit). model: of AutoModelForCausalLM or AutoModel, wherever its layers lie, also in the wrapper of PEFT or of
     torch.compile. InputError, and an untouched model, for a family or version that is not known, a router
     that was changed before, quantised experts, or allocators of another base.
     """
@@ -39,6 +42,7 @@ def attach(model, policy):
     blocks, config = check_blocks(decoder)
     if not callable(policy):
         base = weights_digest(digest_weights(blocks))
+        fitted = standins.of_run(Path(policy).parent, base)
         policy = AdaK(Allocators.load(policy, config, base))
     if policy.k_max > config.n_experts:
         raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
@@ -48,8 +52,15 @@ def attach(model, policy):
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
     undo(decoder.register_forward_hook(eager(tally.end), always_call=True).remove)
     for layer, block in enumerate(blocks):
-        hook = router_hook(layer, policy, config, tally)
+        how = Weighting(config.top_k, config.norm_topk, rho=float(config.norm_topk))
+        stand_in = None
+        if fitted:
+            how.rho = fitted['rho'][layer].item()
+            stand_in = standins.of_layer(fitted, layer, block.gate.weight)
+        hook = router_hook(layer, policy, how, stand_in, config, tally)
         undo(block.gate.register_forward_hook(eager(hook)).remove)
+        if stand_in:
+            undo(block.register_forward_hook(eager(add_standins(tally.here))).remove)
         undo(setattr, block.experts, '_is_expert_parallel', block.experts._is_expert_parallel)
         block.experts._is_expert_parallel = True
     criteria = getattr(model, '_get_stopping_criteria', None)
@@ -110,6 +121,7 @@ def weight_of(module, name):
 class Pass(threading.local):
     """A pass through the model, of which each thread may have one."""
     real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: no pass
+    standing_in = None              # what the block that runs must still add, (P,C)
     ended = None                    # which rows of its generate have ended, (B,) bool; None: none
 
 
@@ -211,10 +223,11 @@ def real_tokens(x, mask, past):
 
 # ================================================================ the hook, and what it may be put into
 
-def router_hook(layer, policy, config, tally):
-    """A forward hook (router, inputs, outputs) -> outputs with the policy's choices."""
-    how = Weighting(config.top_k, config.norm_topk, rho=float(config.norm_topk))
+def router_hook(layer, policy, how, stand_in, config, tally):
+    """A forward hook (router, inputs, outputs) -> outputs with the policy's choices.
 
+    What stands in for experts that do not run waits in tally.here for the end of the block.
+    """
     def hook(router, args, outputs):
         logits, weights, _ = outputs
         x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
@@ -224,10 +237,17 @@ def router_hook(layer, policy, config, tally):
         width = policy.k_max
         if k.device.type == 'cpu':                                          # a GPU would have to wait for it
             width = int(k.max())
-        ids, chosen, _ = select(probs, k, width, how)                       # at least K wide
+        ids, chosen, left = select(probs, k, width, how)                    # at least K wide
+        if stand_in:
+            tally.here.standing_in = stand_in(x, ids, left)                 # (P,C)
         ids = torch.where(used(k, width), ids[:, :width], config.n_experts)             # (P,width)
         return logits, chosen[:, :width].to(weights.dtype), ids
     return hook
+
+
+def add_standins(here):
+    """A forward hook (block, inputs, output) -> output with what stands in for experts that do not run."""
+    return lambda block, args, output: output + here.standing_in.view_as(output)
 
 
 def check_blocks(decoder):

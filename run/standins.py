@@ -168,15 +168,18 @@ class StandIns:
         return torch.zeros_like(x).index_add(0, token, weight * out)
 
 
+def of_layer(fitted, layer, like):
+    """The StandIns of a layer with the device and dtype of the tensor `like`; None where none were fitted."""
+    if 'A' in fitted:
+        return StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
+
+
 def use(model, fitted):
-    """Let the model run with what `fit` returned."""
-    for layer, i in enumerate(model.config.moe_layers):
+    """Let the model run with what `fit` returned; None: as it is."""
+    for layer, i in enumerate(model.config.moe_layers if fitted else []):
         moe = model.layers[i].mlp
         moe.weighting.rho = fitted['rho'][layer].item()
-        moe.standins = None
-        if 'A' in fitted:
-            maps = [fitted[name][layer].to(model.device, model.dtype) for name in 'ABb']
-            moe.standins = StandIns(*maps)
+        moe.standins = of_layer(fitted, layer, model.norm.weight)
 
 
 def save(run, fitted, base):
@@ -185,8 +188,10 @@ def save(run, fitted, base):
 
 
 def of_run(run, base):
-    """What the run in a folder was trained with; InputError if it is damaged, or of another base model."""
+    """What the run in a folder was trained with, None if with nothing; InputError if it is of another base."""
     path = Path(run) / 'standins.safetensors'
+    if not path.exists():
+        return None
     with reading(path):
         fitted, metadata = read_safetensors(path)
         if metadata['base'] != base:

@@ -9,6 +9,8 @@ harness; top-k is the model as it is, the other policy is attached to it (hub/pl
 import os
 from numbers import Real
 
+import run.standins as standins
+from hub.checkpoint import base_digest
 from hub.files import InputError, write_json
 from hub.plug import attach, detach
 from run.console import OneLineParser, one_line_errors, open_out
@@ -97,13 +99,14 @@ def main(argv=None):
     if min(a.limit, a.shots or 0) < 0:
         raise InputError('--limit, --shots: must be 0 or more')
     _, folder, config, policy = open_policy(a)
+    fitted = standins.of_run(a.run, base_digest(folder)) if a.run else None
     out = open_out(a.out, 'tasks.json')
     lm = open_model(folder, a.device_map)
     rows = []
     for name in a.tasks.split(','):
         rows += metric_rows(run_task(a, lm, name), 'top-k', config.top_k)
         if a.policy != 'top-k':
-            tally = attach(lm.model, policy)
+            tally = attach(lm.model, policy, fitted)
             rows += metric_rows(run_task(a, lm, name), a.policy, tally.mean())
             detach(lm.model)
         write_json(out / 'tasks.json', {'ckpt': str(folder), 'run': a.run, 'limit': a.limit, 'rows': rows})

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import run.standins as standins
 from allocator import AdaK, Allocators, RandomMix, Skip, TopK, TopP, Watched
 from base.frozen import base_model
 from conftest import random_model, tiny_config
@@ -160,7 +161,8 @@ def test_a_run_of_ours_gives_its_own_loss_through_transformers(smoke):
     def look(layer, x, probs, k):
         logits = F.linear(policy.allocators.raw(x, probs), *policy.maps[layer])
         leads.append(logits.topk(2).values @ torch.tensor([1., -1]))
-    tally = attach(model, Watched(policy, look))
+    digest = base_digest(out / 'base')
+    tally = attach(model, Watched(policy, look), standins.of_run(out, digest))
     losses = []
     for x, y in zip(inputs.split(1), targets.split(1)):
         logits = model(x).logits[0]
