@@ -41,15 +41,18 @@ class Weighting:
 def select(probs, k, k_max, how):
     """The most probable experts of each token, and their weights (eq. 1-3).
 
-    probs (P,N) float, k (P,) integer in 1..k_max, or None for all K; how a Weighting  ->  ids (P,width) int64,
-    the most probable first, width = max(k_max, K); weights (P,width) like probs, exactly 0 behind the first k;
-    left (P,width), the weight of those of the K that do not run, None where all do. With g = p, or
-    p / (p_1 + .. + p_K) where how.renormalise,
+    probs (P,N) float, k (P,) integer in 1..k_max, or None for all K; how a Weighting
+      ->  ids (P,width) int64, the most probable first, width = max(k_max, K)
+          weights (P,width) like probs, exactly 0 behind the first k
+          left (P,width), the weight of those of the K that do not run; None where all do
 
-        c_j = e_j g_j (1 + rho dropped / kept),    e_j = 1 up to K, eta beyond,    kept = sum of e_j g_j that run
+    With g = p, or p / (p_1 + .. + p_K) where how.renormalise, and e_j = 1 up to K, eta beyond,
 
-    and dropped = (g_1 + .. + g_K) - kept. rho = 1 is eq. 3: the weights that are kept sum to 1 again. A token
-    whose second expert points elsewhere than its first is better served by rho = 0, the weights as they were.
+        c_j = e_j g_j (1 + rho dropped / kept)
+
+    where kept is the sum of e_j g_j over those that run, dropped = (g_1 + .. + g_K) - kept. rho = 1 is eq. 3:
+    the kept weights sum to 1 again. A token whose second expert points elsewhere than its first is better
+    served by rho = 0, the weights as they were.
     """
     K = how.top_k
     p, ids = probs.topk(K if k is None else max(k_max, K), dim=-1)              # (P,width) both

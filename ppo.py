@@ -35,8 +35,8 @@ def expected_gain(change, logits_topk):
     log p(token) - log p_topk(token) in nats, not of the one token that came but expected under p_topk. That
     is -KL(p_topk || p): how far the plan moves the whole prediction. For a calibrated model its mean is that
     of the difference of `next_token_logp`, without the luck of the text, so its variance is far smaller.
-    change (..,V), the plan's logits minus those of top-k; logits_topk broadcasting to it -> (..) fp32, exactly
-    0 where nothing changes.
+    change (..,V): the plan's logits minus those of top-k; logits_topk broadcasting to it -> (..) fp32,
+    exactly 0 where nothing changes.
 
     subtle: -log E[exp(change - E change)] makes a small number of small numbers. A difference of two log p of
     some nats each would carry their rounding error, a thousandth of a nat in bfloat16: more than what is

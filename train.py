@@ -93,7 +93,7 @@ class Settings:
     entropy: float = 0.15           # bonus of a nat of entropy, in first prices of an expert
     weight_decay: float = 0.0
     # evaluation
-    heldout_tokens: int = 131072    # the probe of PPO, and the text that knobs are set on, are a quarter as long
+    heldout_tokens: int = 131072    # PPO's probe, and the text that knobs are set on: a quarter of this
 
 
 PRESETS = {
@@ -101,6 +101,8 @@ PRESETS = {
     'deep': {},
     # twice as many experts, half as large, and as many as Qwen1.5-MoE runs
     'fine': dict(n_layers=4, dim=128, n_experts=16, top_k=4),
+    # many small experts, OLMoE in small
+    'many': dict(n_layers=4, dim=128, n_experts=64, top_k=8, expert_dim=48),
     # English instead of code: the docstrings and comments of the standard library
     'prose': dict(prose=True, n_layers=4, dim=128, expert_dim=192),
     'smoke': dict(
@@ -322,7 +324,8 @@ def run(s, out):
     if ranks()[0] > 0:
         return
     digest = base_digest(base_folder(s, out))
-    allocators.save(out / 'allocator.safetensors', digest, budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
+    facts = {name: getattr(s, name) for name in ('budget', 'seed', 'ppo_steps')}
+    allocators.save(out / 'allocator.safetensors', digest, **facts)
     standins.save(out, fitted, digest)
     write_log(out / 'log.csv', log)
     write_json(out / 'results.json', {

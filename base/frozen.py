@@ -74,8 +74,8 @@ def is_there(folder, recipe, fresh=False):
     InputError if another base is there, or one would be replaced that is not this program's alone.
     """
     if folder.is_symlink() and (fresh or not folder.exists()):
-        raise InputError(f'{folder} is a link, and no base can be learnt into it: remove it, or give a folder '
-                         f'elsewhere with --out')
+        raise InputError(f'{folder} is a link, and no base can be learnt into it: '
+                         f'remove it, or choose another --out')
     if not folder.exists():
         return False
     path = folder / 'recipe.json'
@@ -92,7 +92,8 @@ def is_there(folder, recipe, fresh=False):
             raise InputError(f'{folder} was learnt with another {name}: '
                              f'choose another --out, or --fresh to learn it again')
     if BASE_FILES - files:
-        raise InputError(f'{folder} is not complete, it lacks {min(BASE_FILES - files)}: --fresh learns it again')
+        raise InputError(f'{folder} is not complete, it lacks {min(BASE_FILES - files)}: '
+                         f'--fresh learns it again')
     print(f'base: {folder} is there, used again')
     return True
 

@@ -1,5 +1,6 @@
 """base/pretrain.py: a small Mixtral from scratch: Muon for matrices, Adam for the rest, balanced experts."""
 import collections
+import time
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ MUON_LR = 0.02          # of the matrices
 MOMENTUM = 0.95         # of Muon
 ADAM_LR = 3e-3          # of embedding, head, routers, norms
 BALANCE = 0.01          # weight of the load-balancing loss
+WHOLE = 2               # how long the default run takes, in times of this stage
 SIZES = 'n_layers', 'dim', 'n_heads', 'n_experts', 'top_k', 'expert_dim'
 TRAINING = 'n_vocab', 'seq', 'base_steps'
 
@@ -50,7 +52,7 @@ def orthogonalise(G):
 
 
 class Muon:
-    """Momentum orthogonalised by Newton-Schulz, of all matrices of one shape at once: few large operations."""
+    """Momentum orthogonalised by Newton-Schulz, of all matrices of one shape at once."""
 
     def __init__(self, params):
         self.groups = collections.defaultdict(list)            # {(m, n): parameters (..,m,n)}
@@ -112,6 +114,7 @@ def learn_base(s, config, text):
     adam = torch.optim.Adam(others, betas=(0.9, 0.95))
     batches = text.batches(BATCH, s.seq, torch.Generator().manual_seed(0))
     progress = Progress('base', s.base_steps)
+    start = time.monotonic()
     for step in range(1, s.base_steps + 1):
         inputs, targets, _ = next(batches)                                  # (B,T) each
         router_probs = []                                                   # (P,N), layer by layer
@@ -132,4 +135,7 @@ def learn_base(s, config, text):
         adam.step()
         model.zero_grad()
         progress(step, step * inputs.numel(), loss=loss.item())
+        if step == 20:
+            minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - start) / 60
+            print(f'base: {s.base_steps} steps; at this rate the whole run takes about {minutes:.0f} minutes')
     return model

@@ -30,8 +30,8 @@ class Text:
     def at(self, place):
         """The tokens at `place` (n,T) int64, those behind them, and the documents of the latter.
 
-        A model that was trained with a token in front of every text attends to it all the time, so that stands
-        where a window begins, in place of the text's own token. It is never a target.
+        A model that was trained with a token in front of every text attends to it all the time, so it stands
+        at the beginning of a window, in place of the text's own token. It is never a target.
         """
         inputs = self.tokens[place].long()
         for i, front in enumerate(self.front):

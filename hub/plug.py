@@ -34,9 +34,10 @@ def attach(model, policy, fitted=None):
     """Let a policy of allocator.py decide k in the model -> its Tally.
 
     policy: also the path of an allocator file; the stand-ins of that run, beside it, are then used too.
-    fitted: those to use with a policy (run/standins.py:fit). model: of AutoModelForCausalLM or AutoModel, wherever its layers lie, also in the wrapper of PEFT or of
-    torch.compile. InputError, and an untouched model, for a family or version that is not known, a router
-    that was changed before, quantised experts, or allocators of another base.
+    fitted: those to use with a policy (run/standins.py:fit). model: of AutoModelForCausalLM or AutoModel,
+    wherever its layers lie, also in the wrapper of PEFT or of torch.compile. InputError, and an untouched
+    model, for a family or version that is not known, a router that was changed before, quantised experts, or
+    allocators of another base.
     """
     model, decoder = unwrap(model)
     blocks, config = check_blocks(decoder)

@@ -100,7 +100,7 @@ def clustered_error(delta, document):
 
 
 def jackknife(delta, cluster):
-    """Standard error of the mean of `delta` (n,): how much it moves as one cluster after the other is left out.
+    """Standard error of the mean of `delta` (n,): how it moves as one cluster after the other is left out.
 
     The last factor is about that of Student's distribution: with m = 2 or 5 clusters, too, plus or minus two
     errors are to hold the truth as often as with many.

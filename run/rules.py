@@ -23,7 +23,7 @@ FAMILIES = 'one beta', 'per layer', 'greedy'
 
 
 class SkipFamilies:
-    """The three families for one model: what they need to know is measured once, on windows of training text."""
+    """The three families for one model, measured once, on windows of training text."""
 
     def __init__(self, model, windows):
         self.model = model

@@ -20,6 +20,7 @@ from hub.plug import attach
 from model import generate
 from moe_dispatch import used
 from run.report import markdown
+from run.standins import StandIns
 from run.timing import interleaved, summary
 from scale.graph import graph_decoder
 
@@ -108,6 +109,25 @@ def theirs(twin, way, prompt, n):
 
 # ================================================================ whole models beside each other
 
+def random_standins(model):
+    """Stand-ins of rank C / 8 with random weights for every MoE layer: they cost what fitted ones cost."""
+    c = model.config
+    sizes = (c.dim // 8, c.dim), (c.dim, c.dim // 8), (c.dim,)
+    like = model.norm.weight
+    return [StandIns(*(like.new_ones(c.n_experts, *size).normal_() for size in sizes)) for _ in c.moe_layers]
+
+
+def with_standins(model, standins, prompt, **how):
+    """generate, with what stands in for experts that do not run."""
+    layers = [model.layers[i].mlp for i in model.config.moe_layers]
+    for moe, of_layer in zip(layers, standins):
+        moe.standins = of_layer
+    text = generate(model, prompt, **how)
+    for moe in layers:
+        moe.standins = None
+    return text
+
+
 @torch.no_grad()
 def whole_rows(name, model, tokens, policy):
     """The rows of one model: ours, and transformers in two ways, at top-k and with the `policy`.
@@ -115,8 +135,12 @@ def whole_rows(name, model, tokens, policy):
     Each reads tokens (B,T) up to the first new one, and writes a 64th as many behind 1 and behind 8 prompts.
     """
     cases = {}
+    standins = random_standins(model)
     for choice, choose_k in ('top-k', None), ('fewer', policy):
-        cases['ours', choice] = partial(generate, model, choose_k=choose_k, decoder=graph_decoder)
+        how = dict(choose_k=choose_k, decoder=graph_decoder)
+        cases['ours', choice] = partial(generate, model, **how)
+        if model.layers[-1].mlp.standins is None:              # else they are timed above
+            cases['ours, stand-ins', choice] = partial(with_standins, model, standins, **how)
     with left_out(name):
         twins = {'top-k': twin_of(model), 'fewer': twin_of(model)}
         attach(twins['fewer'], policy)

@@ -1,4 +1,4 @@
-"""run/standins.py: what a token loses with an expert that does not run, and how much of it can be had for less.
+"""run/standins.py: what a token loses with an expert that does not run, and how to have it for less.
 
 Dropping an expert leaves a hole in the layer's output. The published rule fills it with more of the experts
 that run (eq. 3), which mostly point elsewhere. Two better ways, both fitted in closed form on training text
@@ -33,15 +33,15 @@ def rank_of(s, config):
 def target_k(s, config):
     """The mean k with which experts and stand-ins cost s.budget of the FLOPs of all K experts, at least 1."""
     K = config.top_k
-    share = 4 * rank_of(s, config) / (6 * config.expert_dim)               # a stand-in's, of an expert's FLOPs
+    share = 4 * rank_of(s, config) / (6 * config.expert_dim)               # a stand-in's FLOPs, an expert's
     return max(1, K * (s.budget - share) / (1 - share))
 
 
 @torch.no_grad()
 def fit(s, model, inputs):
-    """{name: fp32 tensor}: rho (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C); s.dropped says which.
+    """{name: fp32 tensor}: rho (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
 
-    inputs (B,T): training text, of which as many sequences are used as fit into a pass.
+    s.dropped says which. inputs (B,T): training text, of which as many sequences are used as fit into a pass.
     """
     config = model.config
     experts = [model.layers[i].mlp for i in config.moe_layers]
@@ -100,8 +100,8 @@ def fit_rho(moe, x, g, ids):
 def fit_expert(moe, x, g, ids, n, rank):
     """A (r,C), B (C,r), b (C,) of expert n: reduced-rank regression of its output on x.
 
-    Over the tokens that have it among their choices but not first, weighted by g^2, as it is their part of the
-    layer's error. Fewer such tokens than the rank leave the mean alone.
+    Over the tokens that have it among their choices but not first, weighted by g^2, their part of the layer's
+    error. Fewer such tokens than the rank leave the mean alone.
     """
     token, choice = torch.where(ids[:, 1:] == n)
     C = x.shape[1]
@@ -188,7 +188,7 @@ def save(run, fitted, base):
 
 
 def of_run(run, base):
-    """What the run in a folder was trained with, None if with nothing; InputError if it is of another base."""
+    """What the run in a folder was trained with, or None; InputError if it is of another base."""
     path = Path(run) / 'standins.safetensors'
     if not path.exists():
         return None

@@ -1,23 +1,32 @@
 """study/bases.py: does it hold on a base that the recipe was not tuned on? -> out/bases/bases.json, .png.
 
-    python -m study.bases              three bases, every policy at 0.75 K; a stopped one goes on where it was
+    python -m study.bases              four bases, every policy at 0.75; a stopped one goes on where it was
     python -m study.bases --only deep prose
 
     deep     the default, Mixtral in small: top-2 of 8, 16 layers, the sources of Python's standard library
     fine     finer experts: top-4 of 16, 4 layers, the same text
     prose    top-2 of 8, 4 layers, English: the docstrings and comments of these sources
+    many     many small experts, OLMoE in small: top-8 of 64, 4 layers, the text of deep
+
+Three times each: the weight of an expert that does not run goes to the others (published), or a fitted part
+of it (rho), or stand-ins take its place (run/standins.py).
 
 Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/frontier.
 """
+from dataclasses import replace
 from pathlib import Path
 
-from hub.files import write_json
+from hub.files import read_json, write_json
 from run.console import OneLineParser, one_line_errors, open_out
-from study.frontier import figure, measure, table
+from study.frontier import RULES, figure, measure, table
 from study.study import BUDGET, Study
 from train import PRESETS, Settings
 
-BASES = 'deep', 'fine', 'prose'
+BASES = 'deep', 'fine', 'prose', 'many'
+WAYS = 'published', 'rho', 'stand-ins'
+METHODS = *RULES, 'soft', 'ada-k'
+FEW_METHODS = *RULES, 'ada-k'
+SEEDS = 1
 
 
 def columns(results):
@@ -28,17 +37,32 @@ def columns(results):
     }
 
 
+def ways(results):
+    """{base: {what becomes of a dropped expert's weight: {method: row}}}."""
+    return {
+        name: {way: {row['method']: row for row in found['rows']} for way, found in base['ways'].items()}
+        for name, base in results.items()
+    }
+
+
 def main(argv=None):
     p = OneLineParser(__doc__)
     p.add_argument('--only', nargs='+', choices=BASES, default=BASES, help='some of the bases')
     a = p.parse_args(argv)
+    out = open_out('out/bases', 'bases.json', 'bases.png')
     results = {}
     for name in a.only:
-        s = Settings(preset=name, **PRESETS[name])
-        study = Study(s, open_out(Path('out') / name), 'frontier')
-        results[name] = {'budget': BUDGET, **measure(study, [BUDGET])}
-    out = open_out('out/bases', 'bases.json', 'bases.png')
-    write_json(out / 'bases.json', results)
+        of_ways = {}
+        for way in WAYS:
+            s = Settings(preset=name, **PRESETS[name])
+            done = Path('out') / name / f'bases-{way}' / 'bases.json'
+            if not done.exists():
+                study = Study(replace(s, dropped=way), open_out(Path('out') / name), done.parent.name)
+                methods = METHODS if way == s.dropped else FEW_METHODS
+                write_json(done, measure(study, [BUDGET], methods, SEEDS))
+            of_ways[way] = read_json(done)
+        results[name] = {'budget': BUDGET, **of_ways[s.dropped], 'ways': of_ways}
+        write_json(out / 'bases.json', results)
     print(table(columns(results)))
     figure(out / 'bases.png', columns(results))
     print(f'wrote {out}')

@@ -14,7 +14,8 @@ from hub.files import write_json
 from model import Transformer
 from run.console import one_line_errors
 from run.report import markdown, plt, save_figure
-from run.rules import FAMILIES, worth_of_an_expert
+from run.rules import FAMILIES, best_family, worth_of_an_expert
+from scale.memory import allocator_sizes
 from study.study import BUDGET, PUBLISHED, open_study, parser, thousandths
 
 BUDGETS = 0.9, 0.75, 0.6, 0.5
@@ -25,59 +26,65 @@ METHODS = *RULES, 'published', 'soft', 'ada-k, dialled', 'ada-k'
 
 # ================================================================ rows
 
-def measure(study, budgets):
+def measure(study, budgets, methods=METHODS, seeds=SEEDS):
     """What frontier.json holds: a row for every method and budget."""
     rows = []
     for b in budgets:
-        rows += rows_at(study, b)
+        rows += rows_at(study, b, methods, seeds)
     return {
         'K': study.K,
         'tokens': len(study.of_topk),
         'documents': len(np.unique(study.windows[2])),
-        'seeds': SEEDS,
+        'seeds': seeds,
         'torch': torch.__version__,
         'rows': rows,
     }
 
 
-def rows_at(study, b):
-    """A row of every method that makes sense at mean k = b * K."""
-    methods = list(METHODS)
-    if b == BUDGET:
+def rows_at(study, b, methods, seeds):
+    """A row of every method that makes sense at a budget of b."""
+    methods = list(methods)
+    if b == BUDGET and 'ada-k, dialled' in methods:
         methods.remove('ada-k, dialled')                       # is trained there
-    if type(study.model) is not Transformer:
+    if type(study.model) is not Transformer and 'soft' in methods:
         methods.remove('soft')                                 # backpropagation needs all weights at once
     rows = {}
     deltas = {}                                                # {method: (n,)}, losses minus top-k's
     for method in methods:
         measurements = []
-        for i in range(1 if method in RULES else SEEDS):
+        for i in range(1 if method in RULES else seeds):
             seed = study.s.seed + i
             name = f'{method}-{b}-seed{seed}'
             measurements.append(study.measured(name, lambda: policy_at(study, method, b, seed)))
         row, deltas[method] = study.row(measurements)
         rows[method] = {'method': method, 'budget': b, **row}
-    free = min(RULES, key=lambda method: rows[method]['delta'])
-    worth = worth_of_an_expert(study.families, b * study.K)                 # nats per expert and layer
+    c = study.model.config
+    mean_k = study.target(b)
+    free = f'skip, {best_family(study.families, mean_k)}'      # chosen on training text
+    worth = worth_of_an_expert(study.families, mean_k)         # nats per expert and layer
+    k_max, n_in = allocator_sizes(study.s, c)
+    own = 2 * k_max * n_in / (6 * c.dim * c.expert_dim)        # what an allocator costs, in experts
     ada = rows['ada-k']
     for name, method in ('best_free', free), ('soft', 'soft'):
         if method in rows:
             difference = deltas['ada-k'] - deltas[method]
             other = rows[method]
-            more = study.families.L * (ada['mean_k'] - other['mean_k'])     # experts of a token
+            more = ada['mean_k'] - other['mean_k']             # experts of a token and layer
             # mean k is set on other text, so it differs a little: an Ada-K that ran more is charged for them
+            at_equal_k = difference.mean() + study.families.L * worth * more
             ada[name] = {
                 'method': method,
                 'difference': difference.mean(),
-                'at_equal_k': difference.mean() + worth * more,
+                'at_equal_k': at_equal_k,
+                'at_equal_flops': at_equal_k + study.families.L * worth * own,
                 'se': math.hypot(study.error(difference), ada['seed_se'], other['seed_se']),
             }
     return rows.values()
 
 
 def policy_at(study, method, b, seed):
-    """The policy of this name, trained if need be, its knob set to mean k = b * K."""
-    mean_k = b * study.K
+    """The policy of this name, trained if need be, its knob set to the budget b."""
+    mean_k = study.target(b)
     if method == 'random-mix':
         return RandomMix(mean_k)
     if method == 'top-p':
@@ -116,10 +123,15 @@ def table(columns):
         if seeds:
             lines.append([method, str(seeds), *cells])
     ada = [rows['ada-k'] for rows in columns.values()]
-    for name, other in (('best_free', 'the best rule without training'), ('soft', 'soft')):
-        leads = [row[name] for row in ada if name in row]
-        cells = [thousandths(lead['at_equal_k'], lead['se']) for lead in leads]
-        lines.append([f'*ada-k minus {other}, at equal mean k*', '', *cells])
+    for name, other, what in (
+        ('best_free', 'the best rule without training', 'at_equal_k'),
+        ('best_free', 'the best rule without training', 'at_equal_flops'),
+        ('soft', 'soft', 'at_equal_k'),
+    ):
+        leads = [row.get(name, {}) for row in ada]
+        cells = [thousandths(lead[what], lead['se']) if what in lead else '' for lead in leads]
+        if any(cells):
+            lines.append([f'*ada-k minus {other}, {what.replace("_", " ")}*', '', *cells])
     mean_k = [f'{row["mean_k"]:.2f}' for row in ada]
     lines.append(['mean k of ada-k', '', *mean_k])
     return markdown(['10⁻³ nats/token, minus top-k', 'seeds', *columns], lines)

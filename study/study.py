@@ -77,10 +77,13 @@ class Study:
             tensors, _ = read_safetensors(path)
             return tensors['loss'].double(), tensors['counts']
 
+    def target(self, budget):
+        """The mean k of a budget."""
+        return target_k(replace(self.s, budget=budget), self.model.config)
+
     def calibrated(self, policy_of, budget, low, high):
         """policy_of(knob) that meets the budget on many training documents."""
-        target = target_k(replace(self.s, budget=budget), self.model.config)
-        knob = calibrate(self.model, self.dial, policy_of, target, low, high)
+        knob = calibrate(self.model, self.dial, policy_of, self.target(budget), low, high)
         return policy_of(knob)
 
     def ada_k(self, kind, trained_at, seed, budget=BUDGET, **changes):

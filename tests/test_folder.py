@@ -1,4 +1,4 @@
-"""A run folder is of one run: two that meet, an unfinished one over a finished one, a base that is not whole."""
+"""A run folder is of one run: two that meet, one that stops over a finished one, a base that is not whole."""
 import json
 import os
 import shutil

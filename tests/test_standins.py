@@ -1,4 +1,4 @@
-"""run/standins.py and the weights of moe_dispatch.py:select: by hand, against torch.linalg, in a whole model."""
+"""run/standins.py and the weights of moe_dispatch.py:select: by hand, against torch.linalg, in a model."""
 import pytest
 import torch
 
