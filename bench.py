@@ -187,7 +187,7 @@ def main(argv=None):
     open_model_flags(a)
     s = settings_of(a, seq=512)                                # refuses a run that is not one
     out = open_out(a.out or a.run or 'out', 'bench.json')
-    start = time.time()
+    start = time.monotonic()
     torch.manual_seed(0)
     device = torch.device(a.device)
     machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
@@ -209,7 +209,7 @@ def main(argv=None):
         'machine': machine,
         'torch': torch.__version__,
         'reached': reached,
-        'seconds': time.time() - start,
+        'seconds': time.monotonic() - start,
         'dispatch': dispatch,
         'beside': whole,
     })

@@ -65,20 +65,20 @@ class Settings:
     resume: bool = False
     save_every: int = 50            # PPO steps
     seq: int = 128                  # T
-    ppo_steps: int = 300
+    ppo_steps: int = 150
     ppo_batch: int = 16             # sequences of a rollout, before they are repeated
     discount: float = 0.9           # of later tokens' rewards in a decision's credit
     prose: bool = False
     # text and base model
     documents: int = 10 ** 9        # at most so many
     n_vocab: int = 1024
-    n_layers: int = 16
+    n_layers: int = 8
     dim: int = 64
     n_heads: int = 4
     n_experts: int = 8
     top_k: int = 2
-    expert_dim: int = 96
-    base_steps: int = 1200
+    expert_dim: int = 224            # 3.5 C, as Mixtral
+    base_steps: int = 900
     # what becomes of the weight of an expert that does not run (run/standins.py)
     dropped: str = 'stand-ins'      # 'published': the others get it; 'rho': a fitted part of it; 'stand-ins'
     rank: int | None = None         # of the stand-ins; None: an eighth of C
@@ -97,10 +97,10 @@ class Settings:
 
 
 PRESETS = {
-    # Mixtral in small: top-2 of 8 and many layers
+    # Mixtral in small: top-2 of 8
     'deep': {},
     # twice as many experts, half as large, and as many as Qwen1.5-MoE runs
-    'fine': dict(n_layers=4, dim=128, n_experts=16, top_k=4),
+    'fine': dict(n_layers=4, dim=128, n_experts=16, top_k=4, expert_dim=96),
     # many small experts, OLMoE in small
     'many': dict(n_layers=4, dim=128, n_experts=64, top_k=8, expert_dim=48),
     # English instead of code: the docstrings and comments of the standard library
@@ -372,7 +372,7 @@ def parse(argv, doc=__doc__):
     p.add_argument('--resume', action='store_true', help='go on with an interrupted PPO from its saved state')
     p.add_argument('--save-every', type=int, help='PPO steps between two saved states (default 50)')
     p.add_argument('--seq', type=int, help='tokens of a sequence; documents are packed (default 128)')
-    p.add_argument('--ppo-steps', type=int, help='PPO steps (default 300)')
+    p.add_argument('--ppo-steps', type=int, help='PPO steps (default 150)')
     p.add_argument('--ppo-batch', type=int, help='sequences of a rollout (default 16)')
     given = vars(p.parse_args(argv))
     recipe = dict(PAPER) if 'paper' in given else {}

@@ -13,7 +13,8 @@ from run.console import Progress
 BATCH = 16              # sequences of a training step
 MUON_LR = 0.02          # of the matrices
 MOMENTUM = 0.95         # of Muon
-ADAM_LR = 3e-3          # of embedding, head, routers, norms
+ADAM_LR = 4e-2          # of embedding, head, norms: high, for steps are few
+ROUTER_LR = 3e-3        # of routers: a fast one would soon give one expert all the weight
 BALANCE = 0.01          # weight of the load-balancing loss
 WHOLE = 2               # how long the default run takes, in times of this stage
 SIZES = 'n_layers', 'dim', 'n_heads', 'n_experts', 'top_k', 'expert_dim'
@@ -104,14 +105,18 @@ def learn_base(s, config, text):
     """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
     model = new_model(config, seed=0).to(s.device)
     matrices = []
+    routers = []
     others = []
     for name, p in model.named_parameters():
-        if p.dim() > 1 and 'layers' in name and 'router' not in name:
+        if 'router' in name:
+            routers.append(p)
+        elif p.dim() > 1 and 'layers' in name:
             matrices.append(p)
         else:
             others.append(p)
     muon = Muon(matrices)
-    adam = torch.optim.Adam(others, betas=(0.9, 0.95))
+    groups = [{'params': others, 'highest': ADAM_LR}, {'params': routers, 'highest': ROUTER_LR}]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     batches = text.batches(BATCH, s.seq, torch.Generator().manual_seed(0))
     progress = Progress('base', s.base_steps)
     start = time.monotonic()
@@ -131,11 +136,11 @@ def learn_base(s, config, text):
         scale = min(rise, fall, 1)                                          # warm up, hold, linear to 0
         muon.step(MUON_LR * scale)
         for group in adam.param_groups:
-            group['lr'] = ADAM_LR * scale
+            group['lr'] = group['highest'] * scale
         adam.step()
         model.zero_grad()
         progress(step, step * inputs.numel(), loss=loss.item())
         if step == 20:
             minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - start) / 60
-            print(f'base: {s.base_steps} steps; at this rate the whole run takes about {minutes:.0f} minutes')
+            print(f'at the rate of these 20 steps the whole run takes about {minutes:.0f} minutes', flush=True)
     return model

@@ -66,8 +66,8 @@ def main(argv=None):
     if not 0 < n < n + a.tokens <= config.max_len:
         raise InputError(f'--prompt of {n} tokens, --tokens {a.tokens}: '
                          f'give 1 or more of both, together at most {config.max_len}')
-    if not 0 <= a.temperature < float('inf'):
-        raise InputError(f'--temperature {a.temperature}: must be 0 or more')
+    if not (0 <= a.temperature < float('inf') and 0 <= a.seed < 2 ** 63):
+        raise InputError('--temperature must be 0 or more, --seed 0 or more and below 2^63')
     if max(ids) >= config.n_vocab:
         raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
                          f'the model has only {config.n_vocab} tokens')
