@@ -30,6 +30,12 @@ def rank_of(s, config):
     return s.rank or config.dim // 8
 
 
+def rank_in(model):
+    """The rank of the stand-ins that a model runs with."""
+    used = model.layers[model.config.moe_layers[-1]].mlp.standins
+    return used.A.shape[1] if used else 0
+
+
 def target_k(s, config):
     """The mean k with which experts and stand-ins cost s.budget of the FLOPs of all K experts, at least 1."""
     K = config.top_k

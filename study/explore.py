@@ -15,14 +15,18 @@ import numpy as np
 import torch
 
 import ppo
+import run.standins as standins
 from allocator import AdaK, RandomMix, TopK, TopP, Watched, find_knob
 from base.documents import read_documents, split_documents
 from base.frozen import load_model
+from hub.checkpoint import base_digest
 from hub.files import InputError, reading, write_whole
 from hub.tokenizer import Tokenizer
 from model import Transformer
+from moe_dispatch import flops
 from run.console import one_line_errors, open_model_flags, open_out
 from run.rules import SkipFamilies
+from run.standins import rank_in
 from study.policies import open_policy
 from study.study import parser
 
@@ -66,8 +70,13 @@ class Passage:
         ids = self.windows.flatten()[:self.n]
         losses = -ppo.next_token_logp(logits[:-1], ids[1:])                 # (n-1,)
         best, guesses = logits.softmax(-1).topk(SHOWN)                      # (n,SHOWN) both
+        config = self.model.config
+        mean_k = k.float().mean().item()
+        mean_left = (config.top_k - k).clamp_min(0).float().mean().item()
+        ours = flops(config, mean_k, 1, 0, mean_left, rank_in(self.model))
         return {
-            'mean_k': k.float().mean().item(),
+            'mean_k': mean_k,
+            'expert_flops': ours['experts'] / flops(config, config.top_k, 1)['experts'],
             'loss': losses.mean().item(),
             'k': packed(k),
             'losses': [round(loss, 4) for loss in losses.tolist()],
@@ -173,6 +182,7 @@ def main(argv=None):
         raise InputError(f'the passage has {n} tokens: give 2 to {LONGEST}')
     out = open_out(a.run, 'explore.html')
     model = load_model(s, folder)
+    standins.use(model, standins.of_run(a.run, base_digest(folder)))
     # real checkpoints read far more than LONGEST; where they want a token in front, one window has it
     T = n if tokenizer.front else min(n, s.seq)
     padded = ids + [0] * (-n % T)

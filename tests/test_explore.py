@@ -193,7 +193,7 @@ def test_the_page_shows_what_was_computed(by_hand, explored, tmp_path):
     document = browsed(html, tmp_path, script=script) if by_hand else browsed(html, tmp_path, address)
     assert text_of(document, 'mean-k') == f'{row["mean_k"]:.3f}'
     assert text_of(document, 'loss') == f'{row["loss"]:.4f}'
-    assert text_of(document, 'flops') == f'{100 * row["mean_k"] / 4:.1f}%'
+    assert text_of(document, 'flops') == f'{100 * row["expert_flops"]:.1f}%'
     change = row['loss'] - page['top-k']['loss']
     assert text_of(document, 'change').replace('−', '-') == f'{change:+.4f}'
     assert f'{row["losses"][3]:.4f} under skip' in document
