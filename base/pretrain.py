@@ -16,7 +16,7 @@ MOMENTUM = 0.95         # of Muon
 ADAM_LR = 4e-2          # of embedding, head, norms: high, for steps are few
 ROUTER_LR = 3e-3        # of routers: a fast one would soon give one expert all the weight
 BALANCE = 0.01          # weight of the load-balancing loss
-WHOLE = 2               # how long the default run takes, in times of this stage
+WHOLE = 1.7             # how long the default run takes, in times of this stage
 SIZES = 'n_layers', 'dim', 'n_heads', 'n_experts', 'top_k', 'expert_dim'
 TRAINING = 'n_vocab', 'seq', 'base_steps'
 
@@ -142,5 +142,5 @@ def learn_base(s, config, text):
         progress(step, step * inputs.numel(), loss=loss.item())
         if step == 20:
             minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - start) / 60
-            print(f'at the rate of these 20 steps the whole run takes about {minutes:.0f} minutes', flush=True)
+            print(f'at this rate the whole run takes about {minutes:.0f} minutes', flush=True)
     return model

@@ -5,6 +5,7 @@ import importlib
 import io
 import operator
 import re
+import sys
 import types
 
 import pytest
@@ -103,8 +104,10 @@ def test_every_test_fails_without_its_function_and_passes_with_it():
     tests = sorted({str(ROOT / test) for _, test in wanted})
     blanking = Blanking()
     printed = io.StringIO()
+    modules = dict(sys.modules)
     with contextlib.redirect_stdout(printed):
         status = pytest.main(['-q', '--rootdir', str(ROOT), '-p', 'no:cacheprovider', *tests], [blanking])
+    sys.modules.update(modules)                                # the inner run has a conftest of its own
     assert status == 0, printed.getvalue()
     assert blanking.open == wanted
 

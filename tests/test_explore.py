@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import run.standins as standins
 import study.explore
 from allocator import AdaK, Counted, TopK
 from conftest import refusal
@@ -52,7 +53,9 @@ def unpacked(text, *shape):
 def separate(run):
     """(model, ids, allocators) to compute the numbers once more."""
     model = load(run / 'base')
-    policy = AdaK.of_run(run, model.config, base_digest(run / 'base'), 'cpu')
+    digest = base_digest(run / 'base')
+    policy = AdaK.of_run(run, model.config, digest, 'cpu')
+    standins.use(model, standins.of_run(run, digest))
     return model, Tokenizer(run / 'base').encode(TEXT), policy.allocators
 
 

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 
+import run.standins as standins
 import study.sample
 from allocator import AdaK, RandomMix
 from conftest import refusal
@@ -28,6 +29,7 @@ def test_generation_prints_the_text_speed_and_mean_k(smoke, base, capsys):
     printed = capsys.readouterr().out
     digest = base_digest(run / 'base')
     policy = AdaK.of_run(run, model.config, digest, 'cpu')
+    standins.use(model, standins.of_run(run, digest))
     tokens = torch.tensor([tokenizer.encode('def f(')])
     written = generate(model, tokens, 12, policy)[0]
     assert printed.startswith(tokenizer.decode(written.tolist()))
