@@ -149,7 +149,8 @@ class StandIns:
 
     def __call__(self, x, ids, left):
         few = STATIC_TOKENS if x.is_cuda else FEW_TOKENS
-        aligned = self.A.shape[1] * self.A.element_size() % 16 == 0        # as grouped matmuls want it
+        sizes = [n * self.A.element_size() for n in self.A.shape[1:]]
+        aligned = all(size % 16 == 0 for size in sizes)                    # as grouped matmuls want it
         if len(x) <= few or not aligned:
             return self.few(x, ids, left)
         return self.many(x, ids, left)

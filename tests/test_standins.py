@@ -187,3 +187,13 @@ def test_a_budget_counts_stand_ins():
     of_topk = moe_dispatch.flops(config, 4, 16)['experts']
     assert moe_dispatch.flops(config, k, 16, 0, 4 - k, 6)['experts'] == pytest.approx(0.75 * of_topk)
     assert standins.target_k(Settings(dropped='rho'), config) == 3
+
+
+@pytest.mark.parametrize('rank, C', [(3, 16), (4, 18)])
+def test_sizes_that_grouped_matmuls_cannot_take(rank, C):
+    maps = torch.randn(6, rank, C), torch.randn(6, C, rank), torch.randn(6, C)
+    layer = StandIns(*maps)
+    x = torch.randn(100, C)
+    ids = torch.rand(100, 6).topk(3).indices
+    left = torch.rand(100, 3)
+    torch.testing.assert_close(layer(x, ids, left), layer.few(x, ids, left))
