@@ -37,8 +37,7 @@ def table(r):
 
 
 def note_of(base):
-    return (f'soft and ada-k of {base["seeds"]} seed; torch {base["torch"]}; ± is one standard error, '
-            f'of text (tokens clustered by file) and seeds.')
+    return f'{base["seeds"]} seed, torch {base["torch"]}; ± is one standard error, tokens clustered by file.'
 
 
 def bases(r):

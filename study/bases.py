@@ -22,7 +22,7 @@ from study.frontier import RULES, figure, measure, table
 from study.study import BUDGET, Study
 from train import PRESETS, Settings
 
-BASES = 'deep', 'fine', 'prose', 'many'
+BASES = 'deep', 'prose', 'fine', 'many'
 WAYS = 'published', 'rho', 'stand-ins'
 METHODS = *RULES, 'soft', 'ada-k'
 FEW_METHODS = *RULES, 'ada-k'
