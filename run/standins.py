@@ -20,7 +20,7 @@ from run.rules import look
 from scale.memory import PASS_TOKENS
 
 RIDGE = 1e-3            # of the mean variance of x
-FEW_TOKENS = 16         # on a CPU, up to here StandIns.few is faster
+FEW_TOKENS = 8          # on a CPU, up to here StandIns.one_by_one is faster
 
 
 def rank_of(s, config):
@@ -148,18 +148,31 @@ class StandIns:
         self.b = b
 
     def __call__(self, x, ids, left):
-        few = STATIC_TOKENS if x.is_cuda else FEW_TOKENS
+        if len(x) <= FEW_TOKENS and not x.is_cuda:
+            return self.one_by_one(x, ids, left)
         sizes = [n * self.A.element_size() for n in self.A.shape[1:]]
         aligned = all(size % 16 == 0 for size in sizes)                    # as grouped matmuls want it
-        if len(x) <= few or not aligned:
-            return self.few(x, ids, left)
+        if x.is_cuda and len(x) <= STATIC_TOKENS or not aligned:
+            return self.plain(x, ids, left)
         return self.many(x, ids, left)
 
-    def few(self, x, ids, left):
-        """The plain form, faster for a few tokens: no shape depends on k."""
+    def plain(self, x, ids, left):
+        """The reference, and what a CUDA graph can hold: no shape depends on k. Every map is copied."""
         low = self.A[ids] @ x[:, None, :, None]                             # (P,width,r,1)
         out = (self.B[ids] @ low).squeeze(-1) + self.b[ids]                 # (P,width,C)
         return (left[..., None].to(x.dtype) * out).sum(1)
+
+    def one_by_one(self, x, ids, left):
+        """The same for a handful of tokens on a CPU: only the maps that are needed are read."""
+        rows = []
+        for token, numbers, weights in zip(x, ids.tolist(), left.tolist()):
+            y = torch.zeros_like(token)                                     # (C,)
+            for n, weight in zip(numbers, weights):
+                if weight:
+                    low = torch.mv(self.A[n], token)                        # (r,)
+                    y = y + weight * torch.addmv(self.b[n], self.B[n], low)
+            rows.append(y)
+        return torch.stack(rows)
 
     def many(self, x, ids, left):
         """The same over exactly the choices that do not run, sorted by expert; one host sync."""

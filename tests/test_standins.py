@@ -57,7 +57,7 @@ def test_the_sorted_form_is_the_plain_one(tokens, share):
             n = ids[t, j]
             right[t] += left[t, j] * (maps[1][n] @ (maps[0][n] @ x[t]) + maps[2][n])
     layer = StandIns(*maps)
-    for form in (layer.few, layer.many, layer):
+    for form in (layer.plain, layer.one_by_one, layer.many, layer):
         torch.testing.assert_close(form(x, ids, left), right, rtol=1e-4, atol=1e-5)
 
 
@@ -196,4 +196,4 @@ def test_sizes_that_grouped_matmuls_cannot_take(rank, C):
     x = torch.randn(100, C)
     ids = torch.rand(100, 6).topk(3).indices
     left = torch.rand(100, 3)
-    torch.testing.assert_close(layer(x, ids, left), layer.few(x, ids, left))
+    torch.testing.assert_close(layer(x, ids, left), layer.plain(x, ids, left))
