@@ -54,8 +54,11 @@ def test_token_classes_follow_the_bytes(smoke):
 # ================================================================ end to end
 
 @pytest.fixture(autouse=True, scope='module')
-def small():
-    """Few budgets, seeds, recipes and tokens; the base, the same in all tests, is opened once."""
+def small(smoke):
+    """Few budgets, seeds, recipes and tokens; the base, the same in all tests, is opened once.
+
+    It asks for `smoke`, so that this is made before, as it is for all other tests.
+    """
     base_model = study.study.base_model
     opened = []
 
