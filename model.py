@@ -168,7 +168,7 @@ class MoE(nn.Module):
         super().__init__()
         self.moe_layer = moe_layer
         # run/standins.py may change both: the weights where experts are dropped, and what stands in for these
-        self.weighting = moe_dispatch.Weighting(c.top_k, c.norm_topk, rho=float(c.norm_topk))
+        self.weighting = moe_dispatch.Weighting.of(c)
         self.standins = None
         self.router = nn.Linear(c.dim, c.n_experts, bias=False)
         # the experts, stacked; in w_in the rows of gate, then those of up

@@ -37,6 +37,11 @@ class Weighting:
     rho: float = 1.0        # the share of a dropped expert's weight that goes to those that run
     eta: float = 1.0        # the share of its weight that an expert beyond K gets
 
+    @classmethod
+    def of(cls, config):
+        """That of a model as published: where weights are not renormalised, they stay as they are."""
+        return cls(config.top_k, config.norm_topk, rho=float(config.norm_topk))
+
 
 def select(probs, k, k_max, how):
     """The most probable experts of each token, and their weights (eq. 1-3).

@@ -1,7 +1,7 @@
 """train.py: learn a small Mixtral, freeze it, and train Ada-K allocators on it.
 
     python train.py                          the whole story on the sources of Python's standard library
-    python train.py --budget 0.6             a smaller budget: mean k at most 0.6 K
+    python train.py --budget 0.6             a smaller budget: 0.6 of the expert FLOPs
     python train.py --ckpt mixtral-8x7b      allocators for real weights
     python train.py --paper                  the published recipe throughout
     python train.py --ckpt X --stream        two layers' weights on the device, the others in host memory
@@ -38,11 +38,10 @@ from run.console import (OneLineParser, Progress, check_budget, check_settings, 
 from run.evaluate import Probe, bits_per_byte, calibrate, effective_documents, rewards
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import table, training_figure, write_log
-from run.rules import SkipFamilies
 from run.standins import target_k
-from run.start import new_allocators
+from run.start import new_allocators, prepare
 from run.state import Interrupt, load_state, open_run, save_state
-from scale.memory import PASS_TOKENS
+from scale.memory import sequences_of_pass
 from scale.stream import Streamed
 
 
@@ -55,7 +54,7 @@ class Settings:
     out: str = ''
     ckpt: str = ''                  # '': the base is learnt in OUT/base
     data: str = ''                  # '': the standard library's sources
-    budget: float = 0.75            # mean k as a share of K
+    budget: float = 0.75            # share of the expert FLOPs, stand-ins counted
     price: float | None = None      # nats per expert and layer, fixed; None: whatever meets the budget
     paper: bool = False
     seed: int = 0                   # of everything after the base model
@@ -169,6 +168,7 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     # update (eq. 7, 8, 10, 11), layer by layer: the language model is not run again
     if not s.paper:
         optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
+    of_rollout = {'reward': reward.mean().item(), 'adv_std': adv.std().item()}
     for _ in range(s.epochs):
         optimizer.zero_grad()
         stats = []
@@ -179,7 +179,7 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
             of_layer['argmax_k'] = (1 + logits.argmax(-1)).float().mean()
             stats.append(of_layer)
         row = {name: torch.stack([of_layer[name] for of_layer in stats]).mean().item() for name in stats[0]}
-        row = averaged({**row, 'reward': reward.mean().item(), 'adv_std': adv.std().item()})
+        row = averaged({**row, **of_rollout})
         if not math.isfinite(row['loss']):
             raise InputError(f'ppo: the loss is {row["loss"]} at step {step}: a NaN in the base model, or an '
                              f'absurd --price?')
@@ -203,11 +203,8 @@ def next_price(s, first, log, config):
 
 
 def rollout_reward(s, model, inputs, targets, rollout):
-    """Rewards in nats: (G,B,T) of inputs (B,T) G times with sampled k, and (B,T) of the model's own K.
-
-    Passes of at most PASS_TOKENS tokens keep the experts' activations small.
-    """
-    few = max(1, PASS_TOKENS // s.seq)                                      # sequences
+    """Rewards in nats: (G,B,T) of inputs (B,T) G times with sampled k, and (B,T) of the model's own K."""
+    few = sequences_of_pass(s.seq)
     passes = [(part, None) for part in inputs.split(few)]
     passes += [(part, rollout) for part in inputs.repeat(s.group, 1).split(few)]
     hidden = torch.cat(model.hidden_of(passes))                             # ((1+G)*B,T,C), top-k first
@@ -288,10 +285,7 @@ def run(s, out):
     lap('base')
 
     # allocators: their start, then PPO
-    dial = text.windows(s.seq, s.heldout_tokens // 4)          # what knobs are set on
-    fitted = standins.fit(s, model, dial[0])
-    standins.use(model, fitted)
-    families = SkipFamilies(model, dial)
+    dial, fitted, families = prepare(s, model, text)
     allocators, price = new_allocators(s, model, text, families)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
@@ -359,7 +353,7 @@ def parse(argv, doc=__doc__):
     p.add_argument('--ckpt', help='a base: folder in the hub\'s format, or short name (default: learnt)')
     p.add_argument('--data', help='.txt, .jsonl, .py files (default: the standard library\'s sources)')
     goal = p.add_mutually_exclusive_group()
-    goal.add_argument('--budget', type=float, help='mean k as a share of K, in (0, 1] (default 0.75)')
+    goal.add_argument('--budget', type=float, help='share of the expert FLOPs, in (0, 1] (default 0.75)')
     goal.add_argument('--price', type=float, help='instead of a budget: nats per expert and layer')
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
     p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],

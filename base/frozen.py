@@ -1,9 +1,8 @@
 """base/frozen.py: the frozen base of a run, its tokenizer and text: from --ckpt, or learnt in OUT/base."""
-import bisect
-import itertools
 import os
 import shutil
 
+import numpy as np
 import torch
 
 from base.documents import read_documents, split_documents
@@ -103,7 +102,8 @@ def learn_tokenizer(folder, texts, n_vocab):
     if ranks()[1] > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
-    enough = texts[:1 + bisect.bisect(list(itertools.accumulate(map(len, texts))), BPE_CHARACTERS)]
+    ends = np.cumsum([len(text) for text in texts])
+    enough = texts[:1 + np.searchsorted(ends, BPE_CHARACTERS, side='right')]
     merges = learn_bpe(enough, n_vocab - 1)
     new = folder.with_name(f'{folder.name}.{os.getpid()}.new')
     new.mkdir()

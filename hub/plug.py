@@ -53,7 +53,7 @@ def attach(model, policy, fitted=None):
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
     undo(decoder.register_forward_hook(eager(tally.end), always_call=True).remove)
     for layer, block in enumerate(blocks):
-        how = Weighting(config.top_k, config.norm_topk, rho=float(config.norm_topk))
+        how = Weighting.of(config)
         stand_in = None
         if fitted:
             how.rho = fitted['rho'][layer].item()

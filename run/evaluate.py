@@ -11,7 +11,7 @@ import ppo
 from allocator import AdaK, Counted, find_knob
 from moe_dispatch import flops
 from run.ranks import gathered, ranks
-from scale.memory import LOGITS, PASS_TOKENS
+from scale.memory import LOGITS, sequences_of_pass
 
 BLOCKS = 16             # a document longer than this part of the text counts as several
 
@@ -33,7 +33,7 @@ def evaluate(model, windows, policies, expected=False):
     losses = [torch.zeros(len(deciders), 0)]
     most = -(-len(windows[0]) // size)                         # windows of the rank that has most
     T = inputs.shape[1]
-    of_pass = max(1, PASS_TOKENS // T)                         # windows
+    of_pass = sequences_of_pass(T)                             # windows
     few = max(of_pass, model.tokens_per_visit // T)            # windows of a sweep over the layers
     for at in range(0, most, few):                             # on every rank, even if nothing is left for it
         x = inputs[at:at + few]

@@ -15,7 +15,7 @@ from allocator import Skip, TopK, Watched, tail_ratios
 from run.console import Progress
 from run.evaluate import evaluate
 from run.ranks import gathered, ranks
-from scale.memory import PASS_TOKENS
+from scale.memory import sequences_of_pass
 
 STEPS = 8               # `greedy` takes steps of about K / STEPS experts
 SEARCH_TOKENS = 8192    # its steps are measured on: L * STEPS sweeps
@@ -34,6 +34,7 @@ class SkipFamilies:
         self.few_windows = [part[::apart] for part in windows]
         self.tails = tails(model, windows[0])                               # (L,P,K-1)
         self.steps = {}                                        # {around: what the steps of each layer cost}
+        self.best = {}                                         # {mean k: the name of the best family there}
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
 
@@ -110,7 +111,7 @@ def tails(model, inputs):
         p = probs.topk(model.config.top_k, dim=-1).values
         return tail_ratios(p)
     rank, size = ranks()
-    of_pass = max(1, PASS_TOKENS // inputs.shape[1])           # windows
+    of_pass = sequences_of_pass(inputs.shape[1])
     mine = inputs.tensor_split(size)[rank]
     found = [torch.stack(look(model, part, ratios)) for part in mine.split(of_pass)]        # (L,.,K-1) each
     return torch.cat(gathered(torch.cat(found, dim=1).cpu()), dim=1)
@@ -132,10 +133,12 @@ def betas_at(ratios, mean_k):
 
 
 def best_family(families, mean_k):
-    """The name of the family whose Skip at mean_k costs least."""
-    policies = [families.policy(family, mean_k) for family in FAMILIES]
-    costs = families.costs(policies, families.windows)
-    return FAMILIES[costs.index(min(costs))]
+    """The name of the family whose Skip at mean_k costs least; measured once."""
+    if mean_k not in families.best:
+        policies = [families.policy(family, mean_k) for family in FAMILIES]
+        costs = families.costs(policies, families.windows)
+        families.best[mean_k] = FAMILIES[costs.index(min(costs))]
+    return families.best[mean_k]
 
 
 def worth_of_an_expert(families, mean_k):

@@ -17,7 +17,7 @@ from hub.files import InputError, reading
 from hub.safetensors import read_safetensors, write_safetensors
 from moe_dispatch import STATIC_TOKENS
 from run.rules import look
-from scale.memory import PASS_TOKENS
+from scale.memory import sequences_of_pass
 
 RIDGE = 1e-3            # of the mean variance of x
 FEW_TOKENS = 8          # on a CPU, up to here StandIns.one_by_one is faster
@@ -57,7 +57,7 @@ def fit(s, model, inputs):
     rank = rank_of(s, config)
     if rank > config.dim:
         raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
-    few = max(1, PASS_TOKENS // inputs.shape[1])
+    few = sequences_of_pass(inputs.shape[1])
 
     def fit_layer(layer, x, probs):
         moe = experts[layer]

@@ -1,17 +1,17 @@
 """run/start.py: the allocators as PPO starts with them.
 
 'skip' (the default) is expert skipping at the budget, exactly: the best of the families of run/rules.py on
-the calibration split; 'one beta', 'per layer' and 'greedy' are those families by name; 'p-warm' (published,
+training text; 'one beta', 'per layer' and 'greedy' are those families by name; 'p-warm' (published,
 eq. 12, 13) imitates a Top-P rule at K by supervised learning; 'random' knows nothing.
 """
 import torch
 import torch.nn.functional as F
 
+import run.standins as standins
 from allocator import Allocators, find_knob, mass_labels
 from run.console import Progress
-from run.rules import best_family, look, worth_of_an_expert
-from run.standins import target_k
-from scale.memory import PASS_TOKENS, allocator_sizes
+from run.rules import SkipFamilies, best_family, look, worth_of_an_expert
+from scale.memory import allocator_sizes, sequences_of_pass
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
@@ -19,6 +19,17 @@ TOGETHER = 9            # inputs that may move together at unit variance: N + K 
 WARM_LR = 1e-3          # of P-Warm
 UNBUDGETED = 0.9        # of K: where a run with a fixed price starts
 FIRST_PRICE = 0.7       # of what an expert is worth to a rule: trained ones get more from those they run
+
+
+def prepare(s, model, text):
+    """(windows of training text that knobs are set on, what was fitted on them, the rules without training).
+
+    From here on the model runs with what was fitted (run/standins.py).
+    """
+    dial = text.windows(s.seq, s.heldout_tokens // 4)
+    fitted = standins.fit(s, model, dial[0])
+    standins.use(model, fitted)
+    return dial, fitted, SkipFamilies(model, dial)
 
 
 def new_allocators(s, model, text, families):
@@ -30,12 +41,12 @@ def new_allocators(s, model, text, families):
     allocators = Allocators(model.config, k_max, s.extended).to(s.device)
     generator = torch.Generator().manual_seed(s.seed)
     batches = text.batches(s.ppo_batch, s.seq, generator)
-    mean_k = target_k(s, model.config)
+    mean_k = standins.target_k(s, model.config)
     if s.price is not None:
         mean_k = max(1, UNBUDGETED * model.config.top_k)
     if s.extended:
         inputs = next(batches)[0]
-        standardise(model, allocators, inputs[:max(1, PASS_TOKENS // s.seq)])
+        standardise(model, allocators, inputs[:sequences_of_pass(s.seq)])
     family = s.start
     if family == 'skip':
         family = best_family(families, mean_k)

@@ -11,6 +11,11 @@ PASS_TOKENS = 2 ** 14   # of Mixtral-8x7B, so many tokens fill its matmuls and n
 LOGITS = 2 ** 28        # the head runs on so many logits at a time, 1 GB in fp32
 
 
+def sequences_of_pass(T):
+    """How many sequences of T tokens go through the model at once, so that activations stay small."""
+    return max(1, PASS_TOKENS // T)
+
+
 def weight_counts(config):
     """(weights of the largest layer, of all layers, of embedding, last norm and head)."""
     with torch.device('meta'):

@@ -11,7 +11,7 @@
 Three times each: the weight of an expert that does not run goes to the others (published), or a fitted part
 of it (rho), or stand-ins take its place (run/standins.py).
 
-Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/frontier.
+Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/bases-WAY.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +33,6 @@ def columns(results):
     """{name of a base: {method: row}}."""
     return {
         f'{name}, K = {base["K"]}': {row['method']: row for row in base['rows']}
-        for name, base in results.items()
-    }
-
-
-def ways(results):
-    """{base: {what becomes of a dropped expert's weight: {method: row}}}."""
-    return {
-        name: {way: {row['method']: row for row in found['rows']} for way, found in base['ways'].items()}
         for name, base in results.items()
     }
 

