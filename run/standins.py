@@ -148,7 +148,7 @@ class StandIns:
         self.b = b
 
     def __call__(self, x, ids, left):
-        if len(x) <= FEW_TOKENS and not x.is_cuda:
+        if len(x) <= FEW_TOKENS and not x.is_cuda and not torch.is_grad_enabled():
             return self.one_by_one(x, ids, left)
         sizes = [n * self.A.element_size() for n in self.A.shape[1:]]
         aligned = all(size % 16 == 0 for size in sizes)                    # as grouped matmuls want it
@@ -163,16 +163,14 @@ class StandIns:
         return (left[..., None].to(x.dtype) * out).sum(1)
 
     def one_by_one(self, x, ids, left):
-        """The same for a handful of tokens on a CPU: only the maps that are needed are read."""
-        rows = []
-        for token, numbers, weights in zip(x, ids.tolist(), left.tolist()):
-            y = torch.zeros_like(token)                                     # (C,)
+        """The same for a handful of tokens on a CPU, forward only: just the maps that are needed are read."""
+        y = torch.zeros_like(x)                                             # (P,C)
+        for t, (numbers, weights) in enumerate(zip(ids.tolist(), left.tolist())):
             for n, weight in zip(numbers, weights):
                 if weight:
-                    low = torch.mv(self.A[n], token)                        # (r,)
-                    y = y + weight * torch.addmv(self.b[n], self.B[n], low)
-            rows.append(y)
-        return torch.stack(rows)
+                    low = torch.mv(self.A[n], x[t])                         # (r,)
+                    y[t] += weight * torch.addmv(self.b[n], self.B[n], low)
+        return y
 
     def many(self, x, ids, left):
         """The same over exactly the choices that do not run, sorted by expert; one host sync."""

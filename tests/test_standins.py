@@ -197,3 +197,15 @@ def test_sizes_that_grouped_matmuls_cannot_take(rank, C):
     ids = torch.rand(100, 6).topk(3).indices
     left = torch.rand(100, 3)
     torch.testing.assert_close(layer(x, ids, left), layer.plain(x, ids, left))
+
+
+@pytest.mark.parametrize('tokens', [2, 20])
+def test_what_is_left_has_a_gradient_however_few_tokens(tokens):
+    """The mixture over k of study/policies.py is differentiated by it."""
+    layer = StandIns(torch.randn(6, 4, 16), torch.randn(6, 16, 4), torch.randn(6, 16))
+    x = torch.randn(tokens, 16)
+    ids = torch.rand(tokens, 6).topk(2).indices
+    left = torch.rand(tokens, 2, requires_grad=True)
+    layer(x, ids, left).sum().backward()
+    [right] = torch.autograd.grad(layer.plain(x, ids, left).sum(), left)
+    torch.testing.assert_close(left.grad, right)
