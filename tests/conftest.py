@@ -6,8 +6,10 @@ import os
 import socket
 import sys
 from functools import cache, partial
+from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +45,12 @@ def random_model(config, seed=0):
     return model.requires_grad_(False)
 
 
+def random_text(n):
+    """n tokens of the vocabulary of tiny_config, one document."""
+    from base.text import Text
+    return Text(torch.randint(50, (n,)), np.zeros(n, int))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -66,6 +74,7 @@ def one_library():
 def smoke(tmp_path_factory):
     """(folder, what was printed) of one finished smoke run."""
     import train
+    forkserver.ensure_running()                                # it imports what it preloads meanwhile
     out = tmp_path_factory.mktemp('smoke')
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -16,21 +16,21 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from base.documents import read_documents, split_documents  # noqa: E402
 from base.pretrain import new_model  # noqa: E402
 from base.text import learn_bpe, tokenizer_json  # noqa: E402
 from hub.checkpoint import load, save  # noqa: E402
+from hub.config import PUBLISHED  # noqa: E402
 from hub.files import read_json, write_json  # noqa: E402
 from model import Config  # noqa: E402
 from run.report import markdown  # noqa: E402
 from run.timing import interleaved, summary  # noqa: E402
 from scale.plan import GPUS, plan, plan_table  # noqa: E402
 from scale.stream import stream  # noqa: E402
-from test_published import HUB  # noqa: E402
 
-PUBLISHED = train.Settings(paper=True, **train.PAPER, seq=2048, ppo_batch=16, ppo_steps=625, warm_steps=625)
+WORKLOAD = train.Settings(paper=True, **train.PAPER, seq=2048, ppo_batch=16, ppo_steps=625, warm_steps=625)
 RUN = '--preset', 'smoke', '--seq', '256', '--ppo-batch', '4'
 
 
@@ -49,17 +49,6 @@ def make(folder):
     save(new_model(c, 0).to(torch.bfloat16), folder)
     merges = learn_bpe(split_documents(read_documents('', 60))[0], c.n_vocab - 1)
     write_json(folder / 'tokenizer.json', tokenizer_json(merges))
-
-
-def published_plans(folder):
-    """One plan per published model, from its config.json alone."""
-    plans = []
-    for name, config in HUB.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        write_json(folder / name / 'config.json', {**config, 'torch_dtype': 'bfloat16'})
-        p = plan(replace(PUBLISHED, ckpt=str(folder / name)), GPUS)
-        plans.append({**p, 'ckpt': name})
-    return plans
 
 
 @torch.no_grad()
@@ -117,5 +106,6 @@ def stream_lines(r):
 
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
-    write_json(ROOT / 'assets/plan.json', {'plans': published_plans(folder)})
+    plans = [plan(replace(WORKLOAD, ckpt=name), GPUS) for name in PUBLISHED]
+    write_json(ROOT / 'assets/plan.json', {'plans': plans})
     write_json(ROOT / 'assets/stream.json', measure_stream(folder))

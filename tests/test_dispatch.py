@@ -1,6 +1,4 @@
 """moe_dispatch.py, run/experts_cpu.py: every path against the loop; selection by hand."""
-import re
-
 import pytest
 import torch
 
@@ -10,7 +8,25 @@ from moe_dispatch import Weighting, moe, moe_exact, moe_loop, moe_static, select
 from run.experts_cpu import moe_few
 
 P, C, F, N = 37, 16, 24, 6
-BOTH = [(torch.float32, 1e-5), (torch.bfloat16, 0.02)]         # bf16 has 8 bits: 0.4% a rounding
+ONES = torch.ones(P, dtype=torch.long)
+KS = {
+    'every k': torch.arange(P) % N + 1,
+    'all on one expert': ONES,
+    'all N': N * ONES,
+    'a token': torch.tensor([3]),
+    'five tokens': torch.tensor([2, 5, 1, 4, 4]),
+}
+every_case = pytest.mark.parametrize('k', KS.values(), ids=KS)
+
+
+def case(k, dtype=torch.float32, width=F):
+    """Arguments of `moe` for as many tokens as k has. Expert 4 is the first choice of all."""
+    probs = torch.rand(len(k), N) + torch.eye(N)[4]
+    ids, weights, _ = select(probs, k, N, Weighting(N, True))
+    x = torch.randn(len(k), C).to(dtype)
+    w_in = torch.randn(N, 2 * width, C).to(dtype) / 4
+    w_out = torch.randn(N, C, width).to(dtype) / 4
+    return [x, ids, weights, k.clone(), w_in, w_out]
 
 
 def poison():
@@ -19,111 +35,70 @@ def poison():
     del blocks
 
 
-def case(k, k_max=N, probs=None, width=F):
-    """(x, ids, weights, k, w_in, w_out) in fp32, of as many tokens as k has."""
-    probs = torch.rand(len(k), N) if probs is None else probs
-    ids, weights, _ = select(probs, k, k_max, Weighting(k_max, True))
-    w_in = torch.randn(N, 2 * width, C) / 4
-    w_out = torch.randn(N, C, width) / 4
-    return [torch.randn(len(k), C), ids, weights, k, w_in, w_out]
-
-
-def favourite():
-    """Router probabilities with expert 4 first for every token."""
-    probs = torch.rand(P, N)
-    probs[:, 4] = 9
-    return probs
-
-
-ONES = torch.ones(P, dtype=torch.long)
-CASES = {
-    'random k': lambda: case(torch.randint(1, N + 1, (P,))),
-    'all 1': lambda: case(ONES, k_max=1),
-    'all N': lambda: case(torch.full((P,), N)),
-    'k_max far above k': lambda: case(ONES),
-    'every token on one expert': lambda: case(ONES, probs=favourite()),
-    'empty experts': lambda: case(
-        torch.randint(1, 3, (P,)), k_max=2, probs=torch.rand(P, N) + torch.eye(N)[0]),
-    'a token': lambda: case(torch.tensor([3])),
-    'two tokens': lambda: case(torch.tensor([1, 6])),
-    'five tokens': lambda: case(torch.tensor([2, 5, 1, 4, 4])),
-}
-every_case = pytest.mark.parametrize('name', CASES)
-every_dtype = pytest.mark.parametrize('dtype, tolerance', BOTH)
-
-
-def in_dtype(args, dtype):
-    x, ids, weights, k, w_in, w_out = args
-    return [x.to(dtype), ids, weights, k, w_in.to(dtype), w_out.to(dtype)]
-
-
 def assert_close(found, args, tolerance):
-    slow = moe_loop(*in_dtype(args, torch.float32))
+    in_fp32 = [a.float() if a.is_floating_point() else a for a in args]
+    slow = moe_loop(*in_fp32)
+    assert found.dtype == args[0].dtype
     assert (found.float() - slow).abs().max() < tolerance * slow.abs().max()
 
 
 # ---------------------------------------------------------------- every path is the loop
 
 @every_case
-def test_forward_and_backward(name):
-    args = CASES[name]()
+def test_forward_and_backward(k):
+    args = case(k)
     learnt = [args[i].requires_grad_() for i in (0, 2, 4, 5)]                       # x, weights, w_in, w_out
     poison()
     fast, slow = moe(*args), moe_loop(*args)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
     direction = torch.randn_like(slow)
     poison()
-    grads = torch.autograd.grad(fast, learnt, direction), torch.autograd.grad(slow, learnt, direction)
-    used = moe_dispatch.used(args[3], args[1].shape[1])        # unused choices have a gradient of no meaning
-    for i, (g, right) in enumerate(zip(*grads)):
-        torch.testing.assert_close(g * used if i == 1 else g, right, rtol=1e-4, atol=1e-4)
+    found = list(torch.autograd.grad(fast, learnt, direction))
+    found[1] *= moe_dispatch.used(k, N)                        # unused choices have a gradient of no meaning
+    right = torch.autograd.grad(slow, learnt, direction)
+    torch.testing.assert_close(found, list(right), rtol=1e-4, atol=1e-4)
 
 
-@every_dtype
+@torch.no_grad()
 @every_case
-def test_forward_only_paths(name, dtype, tolerance, monkeypatch):
-    args = in_dtype(CASES[name](), dtype)
-    with torch.no_grad():
-        for path in (moe, moe_static, moe_few):
-            poison()
-            found = path(*args)
-            assert found.dtype == dtype
-            assert_close(found, args, tolerance)
-        monkeypatch.setattr(cpu, 'LARGE', 0)                   # one by one
+@pytest.mark.parametrize('dtype, tolerance', [
+    (torch.float32, 1e-5),
+    (torch.bfloat16, 0.02),                                    # it has 8 bits: 0.4% a rounding
+])
+def test_forward_only_paths(k, dtype, tolerance, monkeypatch):
+    args = case(k, dtype)
+    for path in (moe, moe_static, moe_few):
         poison()
-        assert_close(moe_exact(*args), args, tolerance)
-        monkeypatch.setattr(cpu, 'LARGE', 2 ** 20)
-        monkeypatch.setattr(cpu, 'PADDING', 1e9)               # in bf16 together
+        assert_close(path(*args), args, tolerance)
+    # in bf16 all experts together; then one by one
+    for limit, value in ('PADDING', 1e9), ('LARGE', 0):
+        monkeypatch.setattr(cpu, limit, value)
         poison()
         assert_close(moe_exact(*args), args, tolerance)
 
 
-@pytest.mark.parametrize('width, dtype', [(37, torch.float32), (3, torch.float32), (20, torch.bfloat16)])
-def test_sizes_that_grouped_matmuls_cannot_take(width, dtype):
-    args = in_dtype(case(torch.randint(1, N + 1, (P,)), width=width), dtype)
+def test_a_width_that_grouped_matmuls_cannot_take():
+    args = case(ONES, torch.bfloat16, width=4)                 # 8 bytes a row of w_out, 16 are the least
     assert_close(moe(*args), args, 0.02)
 
 
 def test_no_token_at_all_and_no_k():
-    x, ids, weights, k, w_in, w_out = args = case(torch.full((P,), 3), k_max=3)
-    assert moe(x[:0], ids[:0], weights[:0], k[:0], w_in, w_out).shape == (0, C)
-    torch.testing.assert_close(moe(x, ids, weights, None, w_in, w_out), moe_loop(*args))        # None: all
-    with torch.no_grad():
-        torch.testing.assert_close(moe_few(x, ids, weights, None, w_in, w_out), moe_loop(*args))
-    assert (select(torch.rand(P, N), None, 0, Weighting(3, True))[1] > 0).all()
+    x, ids, weights, k, *experts = args = case(KS['all N'])
+    assert moe(x[:0], ids[:0], weights[:0], k[:0], *experts).shape == (0, C)
+    for path in (moe, moe_few):
+        torch.testing.assert_close(path(x, ids, weights, None, *experts), moe_loop(*args))  # None: all
 
 
 def test_another_tokens_infinity_stays_there():
-    args = CASES['random k']()
+    args = case(KS['every k'])
     clean = moe(*args)
-    args[0][5] = float('inf')
-    keep = torch.arange(P) != 5
-    torch.testing.assert_close(moe(*args)[keep], clean[keep])
+    args[0][0] = float('inf')
+    torch.testing.assert_close(moe(*args)[1:], clean[1:])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
 def test_paths_equal_the_loop_on_cuda():
-    args = [a.cuda() for a in in_dtype(CASES['random k'](), torch.bfloat16)]
+    args = [a.cuda() for a in case(KS['every k'], torch.bfloat16)]
     with torch.no_grad():
         for path in (moe_exact, moe_static, moe):
             assert_close(path(*args), args, 0.02)
@@ -139,71 +114,44 @@ def test_the_rule_that_chooses_a_path():
     with torch.no_grad():
         assert path_of(1, small) is moe_few and path_of(2, small) is moe_exact
         assert path_of(8, large) is moe_few and path_of(9, large) is moe_exact
-        assert path_of(2, large.float()) is moe_exact
 
 
-def test_static_refuses_gradients():
-    with pytest.raises(AssertionError, match='forward only'):
-        moe_static(*case(ONES))
+def test_when_the_grouped_matmul_is_not_used_on_a_cpu(monkeypatch):
+    x, _, _, _, *experts = case(ONES, torch.bfloat16)
 
-
-@pytest.mark.parametrize('which, place, value, says', [
-    (3, 4, 0, '1..6, found 0'),
-    (3, 4, 7, 'found 1..7'),
-    (1, (4, 0), 6, 'found 0..6'),
-    (1, (4, 0), -1, 'found -1..5'),
-])
-def test_wrong_plans_are_refused_with_the_value(which, place, value, says):
-    args = case(ONES.clone())
-    args[which][place] = value
-    with pytest.raises(AssertionError, match=re.escape(says)):
-        moe(*args)
-    with pytest.raises(AssertionError, match='must lie in'):
-        moe_few(*args)
-
-
-def test_a_k_of_another_length_is_refused():
-    args = case(ONES)
-    args[3] = args[3][:-1]
-    with pytest.raises(AssertionError, match=re.escape('(36,)')):
-        moe(*args)
-
-
-# ---------------------------------------------------------------- what is only faster on a CPU
-
-SMALL, LARGE = torch.ones(8, 4, 4), torch.ones(8, 2, 2 ** 20)
-EVEN, UNEVEN, FEW, MANY = [9] * 8, [9, 30] * 4, [3] * 8, [2 ** 19] * 8
-
-
-@pytest.mark.parametrize('w_in, sizes, faster', [
-    (SMALL, EVEN, False),
-    (SMALL.bfloat16(), EVEN, True),
-    (SMALL.bfloat16(), UNEVEN, False),
-    (LARGE, UNEVEN, True),
-    (LARGE.bfloat16(), FEW, False),
-    (SMALL, MANY, True),
-])
-def test_when_the_grouped_matmul_is_not_used_on_a_cpu(w_in, sizes, faster, monkeypatch):
-    ends = torch.tensor(sizes).cumsum(0)
-    token = torch.zeros(sum(sizes), dtype=torch.long)
-    x = torch.ones(1, 1, dtype=w_in.dtype)
-    monkeypatch.setattr(cpu, 'swiglu', lambda x, w_in, w_out: x)
-    args = x, token, ends, w_in, w_in
-    assert cpu.experts(*args) is None                          # with gradients never
+    def faster(sizes):
+        token = torch.zeros(sum(sizes), dtype=torch.long)
+        return cpu.experts(x, token, torch.tensor(sizes).cumsum(0), *experts) is not None
+    even, uneven = [9] * N, [9, 30] * 3
+    assert not faster(even)                                    # with gradients never
     with torch.no_grad():
-        found = cpu.experts(*args)
-    assert (found is not None) == faster
-    assert not faster or len(found) == sum(sizes)
+        assert faster(even)                                    # all in one batched matmul
+        assert not faster(uneven)                              # too much padding
+        monkeypatch.setattr(cpu, 'LARGE', 0)
+        assert faster(uneven)                                  # one by one
 
 
-@every_dtype
-def test_products_the_other_way_round(dtype, tolerance, monkeypatch):
-    x, w = torch.randn(3, 7, 16).to(dtype), torch.randn(3, 24, 16).to(dtype)
-    right = x.float() @ w.float().mT
-    for limits in ({}, {dtype: (1, 7)}):
-        monkeypatch.setattr(cpu, 'W_FIRST', limits)
-        for rows, one, wanted in ((x, w, right), (x[1], w[1], right[1]), (x[1, 0], w[1], right[1, 0])):
-            torch.testing.assert_close(cpu.product(rows, one).float(), wanted, rtol=2e-2, atol=5e-2)
+@pytest.mark.parametrize('which, place, value', [
+    (3, 4, 0),
+    (3, 4, N + 1),
+    (1, (4, 0), N),
+    (1, (4, 0), -1),
+])
+def test_wrong_plans_are_refused_with_the_value(which, place, value):
+    args = case(ONES)
+    args[which][place] = value                                 # of k or ids
+    for path in (moe, moe_few):
+        with pytest.raises(AssertionError, match=f'found .*{value}'):
+            path(*args)
+
+
+def test_gradients_of_moe_static_and_a_k_of_another_length_are_refused():
+    args = case(ONES)
+    with pytest.raises(AssertionError, match='forward only'):
+        moe_static(*args)
+    args[3] = args[3][:-1]
+    with pytest.raises(AssertionError, match='36'):
+        moe(*args)
 
 
 # ---------------------------------------------------------------- selection

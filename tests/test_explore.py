@@ -15,7 +15,6 @@ from allocator import AdaK, Counted, TopK
 from conftest import refusal
 from hub.checkpoint import base_digest, load
 from hub.tokenizer import Tokenizer
-from run.evaluate import evaluate
 from study.explore import BUDGETS, PAGE_BYTES, SHOWN
 
 TEXT = 'def größe(x):  # </script><script>document.title = "run"</script>\n\treturn "漢" < \'&amp;\'\n'
@@ -88,19 +87,6 @@ def test_rows_are_those_of_separate_passes(explored, separate):
         assert unpacked(row['sure'], n, SHOWN) == pytest.approx(best.numpy(), abs=0.51)
 
 
-@pytest.fixture
-def few_budgets(monkeypatch):
-    monkeypatch.setattr(study.explore, 'BUDGETS', 2)
-
-
-def test_losses_of_one_window_are_those_of_evaluate(run, separate, few_budgets):
-    model, _, _ = separate
-    _, page = made(run, '--prompt', 'import os')
-    ids = torch.tensor([Tokenizer(run / 'base').encode('import os')])
-    [(loss, _)] = evaluate(model, (ids[:, :-1], ids[:, 1:]), [TopK(4)])
-    assert page['top-k']['losses'] == pytest.approx(loss.tolist(), abs=2e-4)
-
-
 def test_policies_share_the_mean_k_and_end_at_one_expert_and_at_top_k(explored):
     _, page = explored
     topk = page['top-k']
@@ -116,8 +102,6 @@ def test_policies_share_the_mean_k_and_end_at_one_expert_and_at_top_k(explored):
 def test_choices_are_probabilities_and_the_most_probable_k_runs(explored, separate):
     _, page = explored
     n = len(page['tokens'])
-    router = unpacked(page['router'], 2, n, SHOWN).astype(int)
-    assert (np.diff(router) <= 0).all()
     for row in page['policies']['ada-k']:
         choices = unpacked(row['choices'], 2, n, 4).astype(int)
         assert choices.sum(-1) == pytest.approx(100, abs=2)
@@ -125,85 +109,67 @@ def test_choices_are_probabilities_and_the_most_probable_k_runs(explored, separa
         assert (of_k == choices.max(-1, keepdims=True)).all()
 
 
-def test_the_text_is_shown_as_it_is_and_cannot_end_its_element(explored, separate):
+def test_the_text_is_shown_as_it_is_and_cannot_end_its_element(explored):
     html, page = explored
     assert ''.join(page['tokens']) == TEXT
-    assert len(page['tokens']) == len(separate[1])
     assert html.count('</script>') == 2
-    assert 'src=' not in html and 'href=' not in html and 'http:' not in html
+    assert not re.search('src=|href=|http:', html)
     assert len(html) < PAGE_BYTES
 
 
-def test_heldout_text_by_default(run, few_budgets):
-    _, page = made(run)
+def test_heldout_text_by_default_and_no_page_that_is_too_large(run, monkeypatch, capsys):
+    monkeypatch.setattr(study.explore, 'BUDGETS', 2)
+    html, page = made(run)
     assert len(page['tokens']) == 256
-
-
-@pytest.mark.parametrize('flags, says', [
-    (['--prompt', 'x'], '1 tokens: give 2'),
-    (['--prompt', ''], '0 tokens: give 2'),
-    (['--prompt', 'x y z ' * 200], 'give 2 to 512'),
-    (['--prompt', 'x y', '--text', 'x'], 'not allowed'),
-    (['--text', '/no/such'], '/no/such'),
-    (['--device', 'abacus'], 'abacus'),
-])
-def test_wrong_flags_are_refused_in_one_line(flags, says, run, capsys):
-    assert says in refusal(capsys, 'study.explore', study.explore.main, run, *flags)
-
-
-def test_no_allocators_and_too_large_a_page_are_refused(run, tmp_path, capsys, monkeypatch, few_budgets):
     monkeypatch.setattr(study.explore, 'PAGE_BYTES', 1000)
-    before = (run / 'explore.html').read_bytes()
-    line = refusal(capsys, 'study.explore', study.explore.main, run, '--prompt', 'x y')
-    assert 'shorter passage' in line
-    assert (run / 'explore.html').read_bytes() == before
-    other = shutil.copytree(run, tmp_path / 'other')
-    (other / 'allocator.safetensors').unlink()
-    assert 'allocator.safetensors' in refusal(capsys, 'study.explore', study.explore.main, other)
+    assert 'shorter passage' in refusal(capsys, 'study.explore', study.explore.main, run, '--prompt', 'x y')
+    assert (run / 'explore.html').read_text(encoding='utf-8') == html
+
+
+@pytest.mark.parametrize('prompt', ['', 'x y z ' * 200])
+def test_too_short_and_too_long_a_text_is_refused(prompt, run, capsys):
+    line = refusal(capsys, 'study.explore', study.explore.main, run, '--prompt', prompt)
+    assert 'give 2 to 512' in line
 
 
 # ---------------------------------------------------------------- in a browser
 
-def browsed(page, folder, address='', script=''):
-    """The document of the page as Chromium has made it, after a script of the test."""
-    path = folder / 'page.html'
-    path.write_text(page.replace('</body>', f'<script>{script}</script></body>'), encoding='utf-8')
-    flags = '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}', '--dump-dom'
-    done = subprocess.run([CHROMIUM, *flags, f'file://{path}{address}'], capture_output=True, timeout=120)
-    return done.stdout.decode()
-
-
-def text_of(document, name):
-    return re.search(f'id="{name}"[^>]*>([^<]*)<', document)[1]
+BY_HAND = '''
+    $('budget').value = 6;
+    $('budget').dispatchEvent(new Event('input'));
+    document.querySelector('[value=skip]').click();
+    spans[2].focus();
+    $('passage').dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight' }));
+    $('layer').value = 1;
+    $('layer').dispatchEvent(new Event('input'));
+'''
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium here to open the page in')
-@pytest.mark.parametrize('by_hand', [False, True], ids=['address', 'slider and keys'])
-def test_the_page_shows_what_was_computed(by_hand, explored, tmp_path):
+@pytest.mark.parametrize('address, script', [
+    ('#budget=6&policy=skip&token=3&layer=1', ''),
+    ('', BY_HAND),
+], ids=['address', 'slider and keys'])
+def test_the_page_shows_what_was_computed(address, script, explored, tmp_path):
     html, page = explored
+    path = tmp_path / 'page.html'
+    script = f'<script>{script}; $("hint").textContent = location.hash</script></body>'
+    path.write_text(html.replace('</body>', script), encoding='utf-8')
+    flags = '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}', '--dump-dom'
+    done = subprocess.run([CHROMIUM, *flags, f'file://{path}{address}'], capture_output=True, timeout=120)
+    document = done.stdout.decode()
     row = page['policies']['skip'][6]
-    address = '#budget=6&policy=skip&token=3&layer=1'
-    script = '''
-        $('budget').value = 6;
-        $('budget').dispatchEvent(new Event('input'));
-        document.querySelector('[value=skip]').click();
-        spans[2].focus();
-        $('passage').dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight' }));
-        $('layer').value = 1;
-        $('layer').dispatchEvent(new Event('input'));
-        $('hint').textContent = location.hash;
-    '''
-    document = browsed(html, tmp_path, script=script) if by_hand else browsed(html, tmp_path, address)
-    assert text_of(document, 'mean-k') == f'{row["mean_k"]:.3f}'
-    assert text_of(document, 'loss') == f'{row["loss"]:.4f}'
-    assert text_of(document, 'flops') == f'{100 * row["expert_flops"]:.1f}%'
     change = row['loss'] - page['top-k']['loss']
-    assert text_of(document, 'change').replace('−', '-') == f'{change:+.4f}'
+    for name, text in {
+        'mean-k': f'{row["mean_k"]:.3f}',
+        'loss': f'{row["loss"]:.4f}',
+        'flops': f'{100 * row["expert_flops"]:.1f}%',
+        'change': f'{change:+.4f}'.replace('-', '−'),
+        'hint': '#budget=6&amp;policy=skip&amp;token=3&amp;layer=1',
+    }.items():
+        assert re.search(f'id="{name}"[^>]*>([^<]*)<', document)[1] == text
     assert f'{row["losses"][3]:.4f} under skip' in document
     assert '<title>How many' in document                       # the passage's script did not run
     k = unpacked(row['k'], 2, len(page['tokens']))
     shown = re.findall('<span class="[a-z -]*" role="option"[^>]* title="k = ([0-9.]+)"', document)
     assert [float(k) for k in shown] == pytest.approx(k.mean(0), abs=0.006)
-    assert document.count('aria-selected="true"') == 1
-    if by_hand:
-        assert text_of(document, 'hint').replace('&amp;', '&') == address

@@ -1,8 +1,6 @@
 """Logits and token ids against the reference libraries' answers in tests/golden (see make_golden.py)."""
 import json
 import random
-import unicodedata
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,23 +9,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_dispatch
 from allocator import TopK
+from conftest import ROOT
 from hub.checkpoint import load
-from hub.config import from_hf
-from hub.files import read_json
 from hub.safetensors import read_safetensors
 from hub.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parent / 'golden'
-FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
-TOKENIZERS = [name for name in FOLDERS if name.startswith('tokenizer')]
-MODELS = [name for name in FOLDERS if name not in TOKENIZERS]
+GOLDEN = ROOT / 'tests/golden'
+MODELS = sorted(path.parent.name for path in GOLDEN.glob('*/golden.safetensors'))
+TOKENIZERS = sorted(path.parent.name for path in GOLDEN.glob('*/golden.json'))
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_logits_equal_transformers(name):
-    folder = GOLDEN / name
-    golden, _ = read_safetensors(folder / 'golden.safetensors')
-    logits = load(folder)(golden['tokens'])
+    golden, _ = read_safetensors(GOLDEN / name / 'golden.safetensors')
+    logits = load(GOLDEN / name)(golden['tokens'])
     expected = golden['logits']
     largest = expected.abs().max()
     assert (logits - expected).abs().max() < 1e-5 * max(1, largest)
@@ -42,43 +37,28 @@ def test_token_ids_equal_the_reference(name):
 
 
 @pytest.mark.parametrize('name', TOKENIZERS)
-def test_random_text_round_trips_and_streams(name):
+def test_random_and_long_text_round_trips_and_streams(name):
     tokenizer = Tokenizer(GOLDEN / name)
     rng = random.Random(1)
     rare = ''.join(map(chr, range(1, 0xD7FF, 700)))
+    texts = [' ' * 10 ** 5 + 'end', 'x' * 10 ** 5]
     for _ in range(200):
-        text = ''.join(rng.choices('ab \n.1é漢🙂ø▁' * 9 + rare, k=30))
-        ids = tokenizer.encode(text)
-        if name in ('tokenizer-qwen', 'tokenizer-olmoe'):
-            text = unicodedata.normalize('NFC', text)
-        if tokenizer.drops_space:
-            text = text.replace('▁', ' ')
-        assert tokenizer.decode(ids) == text                   # by way of `stream`
+        letters = rng.choices('ab \n.1é漢🙂ø' * 9 + rare, k=30)
+        texts.append(''.join(letters))
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text            # by way of `stream`
     assert tokenizer.decode([10 ** 6]) == ''        # ids beyond the tokenizer exist in a padded head
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_configs_of_transformers_4_and_5_say_the_same(name):
-    new = read_json(GOLDEN / name / 'config.json')
-    old = dict(new)
-    rope = old.pop('rope_parameters', old)
-    old['rope_theta'] = rope['rope_theta']
-    old['rope_scaling'] = None
-    assert from_hf(new) == from_hf(old)
-
-
-@pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('k', [1, 2, 4])
+@pytest.mark.parametrize('k', [1, 4])
 def test_flops_of_every_family_equal_torchs_counter(k, name, monkeypatch):
     # the counter knows neither grouped matmuls nor the CPU's fused attention
-    loop = moe_dispatch.moe_loop
-    monkeypatch.setattr(moe_dispatch, 'path_of', lambda P, w_in: loop)
+    monkeypatch.setattr(moe_dispatch, 'path_of', lambda *of_what: moe_dispatch.moe_loop)
     model = load(GOLDEN / name)
-    c = model.config
     tokens = torch.randint(32, (2, 16))
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         model(tokens, TopK(k))
-    flops = moe_dispatch.flops(c, k, 16)
+    flops = moe_dispatch.flops(model.config, k, 16)
     assert counter.get_total_flops() == flops['total'] * tokens.numel()
-    assert flops['experts'] == k * moe_dispatch.flops(c, 1, 16)['experts']

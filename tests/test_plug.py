@@ -3,44 +3,37 @@ import copy
 import pickle
 import re
 import shutil
-import subprocess
 import sys
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import run.standins as standins
-from allocator import AdaK, Allocators, RandomMix, Skip, TopK, TopP, Watched
-from base.frozen import base_model
-from conftest import random_model, tiny_config
-from hub.checkpoint import base_digest, load
+from allocator import AdaK, Allocators, Counted, Skip, TopK
+from conftest import ROOT, random_model, tiny_config
+from hub.checkpoint import base_digest, load, save
 from hub.config import read_config
-from hub.files import InputError, read_json
-from hub.plug import Tally, attach, detach
+from hub.files import InputError
+from hub.plug import attach, detach
 from model import generate
-from moe_dispatch import moe
-from run.speed import theirs, transformers_experts, twin_of
-from train import settings_of
+from run.speed import theirs, twin_of
 
 transformers = pytest.importorskip('transformers', minversion='5.23')
-ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
 MIXTRAL = GOLDEN / 'mixtral-1'
-NAMES = [
-    'mixtral-1',
-    'qwen2_moe-1',
-    'qwen3_moe-1',
-    'olmoe-1',
-    'qwen2_moe-every-second',
-    'qwen3_moe-tied',
-]
+NAMES = 'mixtral-1', 'qwen2_moe-every-second', 'qwen3_moe-1', 'olmoe-1'
+HERE, ELSEWHERE = re.findall(r'```python\n(.*?)```', (ROOT / 'hub/README.md').read_text(), re.DOTALL)
+GREEDY = dict(
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+)
 
 
-def opened(folder=MIXTRAL, way='eager'):
+def opened(folder=MIXTRAL, way='grouped_mm'):
     """The model of transformers in a folder, its experts run in this way."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation=way)
@@ -51,13 +44,9 @@ def mlp(model, layer):
     return model.model.layers[layer].mlp
 
 
-def hooks(model):
-    return [len(layer.mlp.gate._forward_hooks) for layer in model.model.layers]
-
-
-def assert_close(found, expected, what=''):
+def assert_close(found, expected):
     largest = expected.abs().max()
-    assert (found - expected).abs().max() < 1e-5 * max(1, largest), what
+    assert (found - expected).abs().max() < 1e-5 * max(1, largest)
 
 
 def random_tokens(*shape):
@@ -65,72 +54,47 @@ def random_tokens(*shape):
     return torch.randint(3, 32, shape, generator=generator)
 
 
-GREEDY = dict(
-    do_sample=False,
-    eos_token_id=None,
-    pad_token_id=0,
-)
-
-
-def ada_k(config):
+def ada_k(folder=MIXTRAL):
     """Allocators with random weights: k differs from token to token, and goes beyond K."""
+    config = read_config(folder)
     allocators = Allocators(config, config.n_experts, True)
     generator = torch.Generator().manual_seed(3)
     allocators.weight.data.normal_(generator=generator)
     return AdaK(allocators)
 
 
-def policies(c):
-    return {
-        'ada-k': ada_k(c),
-        'skip': Skip(0.6, c.top_k),
-        'top-p': TopP(0.6, c.n_experts),
-        'static k': TopK(c.top_k + 1),
-        'random-mix': RandomMix(1.5),
-        'top-k': TopK(c.top_k),
-    }
+def saved(folder, tmp_path):
+    """The path of a file of `ada_k` for the model in a folder."""
+    path = tmp_path / 'allocator.safetensors'
+    ada_k(folder).allocators.save(path, base_digest(folder))
+    return path
 
 
 # ================================================================ the same as our own model
 
 @pytest.mark.parametrize('way', ['eager', 'grouped_mm', 'batched_mm'])
 @pytest.mark.parametrize('name', NAMES)
-def test_logits_equal_our_own_model(name, way):
-    ours = load(GOLDEN / name)
-    model = opened(GOLDEN / name, way)
+def test_logits_and_counts_equal_those_of_our_own_model(name, way, tmp_path):
+    folder = GOLDEN / name
+    ours = load(folder)
+    model = opened(folder, way)
     tokens = random_tokens(2, 20)
     before = model(tokens).logits
-    for what, policy in policies(ours.config).items():
-        torch.manual_seed(0)
-        expected = ours(tokens, policy)
+    K = ours.config.top_k
+    for policy in ada_k(folder), Skip(0.6, K), TopK(K + 1):
+        counted = Counted(policy, len(ours.config.moe_layers))
+        expected = ours(tokens, counted)
         tally = attach(model, policy)
-        torch.manual_seed(0)
         found = model(tokens).logits
         detach(model)
-        assert_close(found, expected, what)
-        assert set(tally.counts.sum(1).tolist()) == {40}
+        assert_close(found, expected)
+        assert torch.equal(tally.counts, counted.counts)
     assert torch.equal(model(tokens).logits, before)           # detached: to the last bit
-
-
-@pytest.mark.parametrize('name', ['mixtral-1', 'qwen2_moe-1'])
-def test_generation_with_a_cache_equals_ours(name):
-    ours = load(GOLDEN / name)
-    model = opened(GOLDEN / name, 'grouped_mm')
-    c = ours.config
-    tokens = random_tokens(1, 7)
-    n_run = 7 + 11                                             # the last token is not run
-    for policy in (ada_k(c), Skip(0.6, c.top_k)):
-        tally = attach(model, policy)
-        found = model.generate(tokens, max_new_tokens=12, **GREEDY)
-        detach(model)
-        expected = generate(ours, tokens, 12, policy)
-        assert torch.equal(found, expected)
-        assert tally.counts.sum() == n_run * len(c.moe_layers)
+    attach(model.bfloat16(), saved(folder, tmp_path))          # the same base, whatever its dtype
 
 
 def test_no_row_beyond_the_sum_of_k_is_computed(monkeypatch):
-    model = opened(way='grouped_mm')
-    c = read_config(MIXTRAL)
+    model = opened()
     rows = []
     grouped = F.grouped_mm
 
@@ -138,48 +102,46 @@ def test_no_row_beyond_the_sum_of_k_is_computed(monkeypatch):
         rows.append(int(offs[-1]))
         return grouped(x, weight, offs=offs)
     monkeypatch.setattr(F, 'grouped_mm', spy)
-    tally = attach(model, ada_k(c))
+    tally = attach(model, ada_k())
     model(random_tokens(2, 20))
-    k = torch.arange(c.n_experts + 1)
-    sums = tally.counts @ k                                                 # (L,)
+    sums = tally.counts @ torch.arange(tally.k_max + 1)                     # (L,)
     assert rows == sums.repeat_interleave(2).tolist()                       # two matmuls a layer
-    assert sums.max() < 40 * c.n_experts
 
 
-def test_a_run_of_ours_gives_its_own_loss_through_transformers(smoke):
+def test_a_run_of_ours_gives_the_same_through_transformers(smoke):
     out, _ = smoke
-    flags = Namespace(run=out, ckpt='', device='cpu', stream=False)
-    s = settings_of(flags)
-    row = read_json(out / 'results.json')['rows'][1]
-    assert row['method'] == 'ada-k'
-    _, _, texts = base_model(s, out)
-    inputs, targets, _ = texts[2].windows(s.seq, s.heldout_tokens)
-    model = opened(out / 'base')
-    policy = AdaK.of_run(out, read_config(out / 'base'), base_digest(out / 'base'), 'cpu')
-    leads = []
-
-    def look(layer, x, probs, k):
-        logits = F.linear(policy.allocators.raw(x, probs), *policy.maps[layer])
-        leads.append(logits.topk(2).values @ torch.tensor([1., -1]))
+    ours = load(out / 'base')
     digest = base_digest(out / 'base')
-    tally = attach(model, Watched(policy, look), standins.of_run(out, digest))
-    losses = []
-    for x, y in zip(inputs.split(1), targets.split(1)):
-        logits = model(x).logits[0]
-        losses.append(F.cross_entropy(logits, y[0]))
-    loss = torch.stack(losses).mean().item()
-    assert loss == pytest.approx(row['loss'], abs=1e-4)
-    near_tie = torch.cat(leads).min() < 1e-5                   # may be rounded otherwise, and what follows
-    assert tally.mean() == pytest.approx(row['mean_k'], rel=1e-4 if near_tie else 1e-12)
+    standins.use(ours, standins.of_run(out, digest))
+    policy = AdaK.of_run(out, ours.config, digest, 'cpu')
+    model = opened(out / 'base')
+    attach(model, out / 'allocator.safetensors')               # with the stand-ins beside it
+    tokens = random_tokens(8, 60)
+    assert_close(model(tokens).logits, ours(tokens, policy))
 
 
 def test_the_lines_of_the_readme_run_as_they_stand(smoke, tmp_path, monkeypatch, capsys):
     shutil.copytree(smoke[0], tmp_path / 'out' / 'deep')
-    text = (ROOT / 'hub' / 'README.md').read_text()
-    lines, _ = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(lines, {})
+    exec(HERE, {})
     assert re.search(r'mean k [\d.]+ of 4', capsys.readouterr().out)
+
+
+def test_the_readme_from_a_project_with_a_model_of_its_own(tmp_path, monkeypatch):
+    mine = ModuleType('model')
+    monkeypatch.setitem(sys.modules, 'model', mine)
+    monkeypatch.delitem(sys.modules, 'allocator')
+    folders = [folder for folder in sys.path if folder != str(ROOT)]
+    monkeypatch.setattr(sys, 'path', folders.copy())
+    names = {}
+    exec(ELSEWHERE.replace('/path/to/the/checkout', str(ROOT)), names)
+    assert sys.modules['model'] is mine
+    assert 'allocator' not in sys.modules
+    assert sys.path == folders
+    model = opened()
+    tally = names['attach'](model, saved(MIXTRAL, tmp_path))
+    model(random_tokens(2, 3))
+    assert tally.counts.sum() == 12
 
 
 # ================================================================ which tokens are counted
@@ -203,53 +165,35 @@ def test_padding_is_not_counted_however_the_mask_is_given(name):
     added = torch.zeros(2, 1, 6, 6).masked_fill(~causal, -1e9)
     embedded = model.get_input_embeddings()(tokens)
     assert counted(tally, lambda: model(tokens)) == 12
-    for given in (mask, causal, added):
+    for given in mask, causal, added:
         assert counted(tally, lambda: model(tokens, given)) == 9
     assert counted(tally, lambda: model(inputs_embeds=embedded, attention_mask=mask)) == 9
-    headless = transformers.AutoModel.from_pretrained(GOLDEN / name)
-    assert counted(attach(headless, TopK(1)), lambda: headless(tokens, mask)) == 9
-    for cache in ('dynamic', 'static'):
+    for cache in 'dynamic', 'static':
         how = dict(attention_mask=mask, cache_implementation=cache, max_new_tokens=5, **GREEDY)
         assert counted(tally, lambda: model.generate(tokens, **how)) == 9 + 2 * 4
-    alone = model.generate(tokens[:1, 3:], max_new_tokens=5, **GREEDY)
-    assert torch.equal(model.generate(tokens, **how)[0, 3:], alone[0])
     assert counted(tally, lambda: mlp(model, 0)(embedded)) == 0            # no pass of the model
-
-
-def test_a_mask_that_does_not_tell_is_said_and_not_counted():
-    tally = Tally(TopK(1), 1)
     with pytest.warns(UserWarning, match='is not counted'):
-        tally.begin(opened(), (random_tokens(2, 6), object()), {})
+        tally.begin(model.model, (tokens, object()), {})       # a mask that does not tell
     tally.count(0, None, None, torch.ones(12, dtype=torch.long))
     assert tally.unsure == 1
-    assert tally.counts.sum() == 0
-
-
-class Stop(transformers.StoppingCriteria):
-    """Rows end after n tokens; as in lm-eval, `done_tracker` may say so while the rows run on."""
-
-    def __init__(self, n, in_tracker):
-        self.n = torch.tensor(n)
-        self.in_tracker = in_tracker
-
-    def __call__(self, ids, scores, **kwargs):
-        done = ids.shape[1] - 6 >= self.n
-        if self.in_tracker:
-            self.done_tracker = done.tolist()
-            return done.all()
-        return done
+    assert tally.counts[0].sum() == tally.counts[1].sum()
 
 
 @pytest.mark.parametrize('in_tracker', [False, True])
-@pytest.mark.parametrize('cache', ['dynamic', 'static'])
-def test_nothing_behind_the_end_of_a_row_is_counted(cache, in_tracker):
+def test_nothing_behind_the_end_of_a_row_is_counted(in_tracker):
+    """Rows end after n tokens; as in lm-eval, `done_tracker` may say so while the rows run on."""
     model = opened()
-    tally = attach(model, ada_k(read_config(MIXTRAL)))
+    tally = attach(model, ada_k())
     tokens = random_tokens(3, 6)
 
     def run(tokens, *n):
-        how = dict(cache_implementation=cache, max_new_tokens=20, **GREEDY)
-        model.generate(tokens, stopping_criteria=[Stop(n, in_tracker)], **how)
+        def stop(ids, scores, **kwargs):
+            done = ids.shape[1] - 6 >= torch.tensor(n)
+            if in_tracker:
+                stop.done_tracker = done.tolist()
+                return done.all()
+            return done
+        model.generate(tokens, max_new_tokens=20, stopping_criteria=[stop], **GREEDY)
     assert counted(tally, lambda: run(tokens, 2, 3, 8)) == 3 * 6 + 1 + 2 + 7
     in_batch = tally.counts
     for row, n in enumerate([2, 3, 8]):
@@ -259,32 +203,19 @@ def test_nothing_behind_the_end_of_a_row_is_counted(cache, in_tracker):
 
 
 def test_threads_have_passes_of_their_own():
-    model = opened()
-    tally = attach(model, ada_k(read_config(MIXTRAL)))
+    model = opened().model                                     # as AutoModel gives it
+    tally = attach(model, ada_k())
     texts = [random_tokens(1, n) for n in (4, 25, 40)]
-    expected = [model(text).logits for text in texts]
+    expected = [model(text).last_hidden_state for text in texts]
     once = tally.counts
-
-    def run(text):
-        return [model(text).logits for _ in range(20)]
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(run, texts))
-    for logits, same in zip(found, expected):
-        assert_close(torch.stack(logits), same)
+        found = list(pool.map(model, texts * 20))
+    for i, output in enumerate(found):
+        assert_close(output.last_hidden_state, expected[i % 3])
     assert torch.equal(tally.counts, 21 * once)
 
 
 # ================================================================ models as people have them
-
-@pytest.mark.parametrize('outputs', ['hidden_states', 'router_logits'])
-def test_what_transformers_captures_is_there_before_and_after(outputs):
-    model = opened()
-    how = {f'output_{outputs}': True}
-    tokens = random_tokens(2, 6)
-    first = model(tokens, **how)[outputs][0]
-    attach(model, TopK(1))
-    assert torch.equal(model(tokens, **how)[outputs][0], first)
-
 
 class Peft(torch.nn.Sequential):
     """Of the shape of a PeftModel."""
@@ -293,29 +224,28 @@ class Peft(torch.nn.Sequential):
         return self[0]
 
 
+def compiled(model):
+    return Peft(torch.compile(model, backend='eager'))
+
+
 def on_disk(model):
     """Every layer is fetched when it is run."""
     accelerate = pytest.importorskip('accelerate')
     return accelerate.cpu_offload(model, execution_device=torch.device('cpu'))
 
 
-@pytest.mark.parametrize('wrap', [
-    on_disk,
-    lambda model: Peft(torch.compile(model, backend='eager')),
-])
+@pytest.mark.parametrize('wrap', [compiled, on_disk])
 def test_wrappers_and_parked_layers(wrap, tmp_path):
-    path = tmp_path / 'allocator.safetensors'
-    ada_k(read_config(MIXTRAL)).allocators.save(path, base_digest(MIXTRAL))
-    plain = opened(way='grouped_mm')
+    folder = tmp_path / 'model'
+    ours = random_model(tiny_config(n_layers=1))
+    save(ours, folder)
     tokens = random_tokens(2, 6)
-    before = plain(tokens).logits
-    tally = attach(plain, path)
-    expected = plain(tokens).logits
-    model = wrap(opened(way='grouped_mm'))
-    assert torch.equal(model(tokens).logits, before)
-    other = attach(model, path)
-    assert torch.equal(model(tokens).logits, expected)
-    assert torch.equal(other.counts, tally.counts)
+    model = wrap(opened(folder))
+    before = model(tokens).logits
+    assert_close(before, ours(tokens))
+    tally = attach(model, saved(folder, tmp_path))
+    assert_close(model(tokens).logits, ours(tokens, ada_k(folder)))
+    assert tally.counts.sum() == 12
     detach(model)
     assert torch.equal(model(tokens).logits, before)
 
@@ -323,9 +253,12 @@ def test_wrappers_and_parked_layers(wrap, tmp_path):
 def test_detach_leaves_what_it_found_and_an_attached_model_is_not_copied():
     model = opened()
     mlp(model, 1).experts._is_expert_parallel = True           # as on several GPUs
+    tokens = random_tokens(2, 6)
+    logits = model(tokens, output_router_logits=True).router_logits[0]     # transformers' own hooks stay
     before = [list(vars(part)) for part in model.modules()]
     attach(model, TopK(1))
-    for refused in (copy.deepcopy, pickle.dumps):
+    assert torch.equal(model(tokens, output_router_logits=True).router_logits[0], logits)
+    for refused in copy.deepcopy, pickle.dumps:
         with pytest.raises(InputError, match='detach it before'):
             refused(model)
     detach(model)
@@ -334,144 +267,59 @@ def test_detach_leaves_what_it_found_and_an_attached_model_is_not_copied():
     copy.deepcopy(model)
 
 
-def test_the_readme_from_a_project_with_a_model_of_its_own(tmp_path):
-    _, lines = re.findall(r'```python\n(.*?)```', (ROOT / 'hub' / 'README.md').read_text(), re.DOTALL)
-    for name in ('model', 'hub'):
-        (tmp_path / f'{name}.py').write_text('mine = True\n')
-    program = lines.replace('/path/to/the/checkout', str(ROOT)) + f"""
-import hub, torch, transformers
-assert model.mine and hub.mine
-theirs = transformers.AutoModelForCausalLM.from_pretrained({str(MIXTRAL)!r})
-tally = attach(theirs, plug.AdaK(plug.Allocators(plug.check_blocks(theirs.model)[1], 3, True)))
-theirs(torch.arange(3, 9)[None])
-assert tally.mean() == 1 and tally.counts.sum() == 12
-detach(theirs)
-try:
-    import allocator
-except ImportError:
-    print('nothing of the checkout is left')
-"""
-    done = subprocess.run(
-        [sys.executable, '-c', 'import model\n' + program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == 'nothing of the checkout is left\n', done.stderr
-
-
-# ================================================================ what bench.py compares with
-
-def test_the_twin_is_the_same_model_in_the_same_memory():
+def test_the_twin_of_bench_reads_and_writes_as_our_model_in_the_same_memory():
     model = random_model(tiny_config(top_k=2))
     twin = twin_of(model)
     tokens = torch.randint(50, (2, 9))
     assert_close(twin(tokens).logits, model(tokens))
     w_in = model.layers[1].mlp.w_in
     assert mlp(twin, 1).experts.gate_up_proj.data_ptr() == w_in.data_ptr()
-    found = theirs(twin, 'eager', tokens, 5)
-    assert torch.equal(found, generate(model, tokens, 5))
-
-
-def test_experts_of_transformers_equal_ours():
-    model = random_model(tiny_config(top_k=2))
-    ours = model.layers[0].mlp
-    x = torch.randn(8, 32)
-    k = torch.randint(1, 3, (8,))
-    probs = ours.router(x).softmax(-1)
-    ids, weights, _ = TopK(2).select(probs, k, ours.weighting)
-    batch = x, ids, weights, k, ours.w_in, ours.w_out
-    cases = transformers_experts(*batch)
-    assert len(cases) == 2
-    for run in cases.values():
-        assert_close(run(), moe(*batch))
+    for policy in TopK(2), Skip(0.6, 2):
+        attach(twin, policy)
+        assert torch.equal(theirs(twin, 'eager', tokens, 5), generate(model, tokens, 5, policy))
+        detach(twin)
 
 
 # ================================================================ bad input
 
-def test_allocators_of_another_base_are_refused_by_what_differs(smoke):
-    out, _ = smoke
-    model = opened()
-    with pytest.raises(InputError, match='another base model'):
-        attach(model, out / 'allocator.safetensors')
-    assert not hasattr(model, '_ada_k')
-    assert hooks(model) == [0, 0]
-    for part in ('gate.weight', 'experts.down_proj'):
-        other = opened(out / 'base')
-        weight = mlp(other, 1).get_parameter(part).data
-        weight.view(-1)[0] += 1
-        with pytest.raises(InputError, match='another base model'):
-            attach(other, out / 'allocator.safetensors')
+def patched_router(block):
+    block.gate.forward = lambda x: x
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_the_digest_of_the_files_is_that_of_the_loaded_model(name, dtype, tmp_path):
-    folder = GOLDEN / name
-    path = tmp_path / 'allocator.safetensors'
-    policy = ada_k(read_config(folder))
-    policy.allocators.save(path, base_digest(folder))
-    model = opened(folder).to(dtype)
-    attach(model, path)
-
-
-def patched_router(model):
-    mlp(model, 1).gate.forward = lambda x: x
-
-
-def hooked_router(model):
-    mlp(model, 1).gate.register_forward_hook(lambda *a: None)
-
-
-def another_router(model):
-    mlp(model, 1).gate = torch.nn.Linear(32, 4)
-
-
-def quantised(model):
-    weight = mlp(model, 0).experts.gate_up_proj.requires_grad_(False)
+def quantised(block):
+    weight = block.experts.gate_up_proj.requires_grad_(False)
     weight.data = weight.data.char()
 
 
-def old_experts(model):
-    del mlp(model, 0).experts._is_expert_parallel
+def old_experts(block):
+    del block.experts._is_expert_parallel
 
 
-def new_way(model):
-    model.config._experts_implementation = 'sonicmoe'
+def new_way(block):
+    block.experts.config._experts_implementation = 'sonicmoe'
 
 
-def attached(model):
-    attach(model, TopK(1))
-
-
-@pytest.mark.parametrize('change', [
-    patched_router,
-    hooked_router,
-    another_router,
-    quantised,
-    old_experts,
-    new_way,
-    attached,
-])
+@pytest.mark.parametrize('change', [patched_router, quantised, old_experts, new_way])
 def test_a_model_that_is_not_as_expected_is_refused_and_untouched(change):
     model = opened()
-    change(model)
-    before = hooks(model)
-    with pytest.raises(InputError, match='^attach: .* and MixtralExperts are of another version') as error:
+    change(mlp(model, 1))
+    with pytest.raises(InputError, match='^attach: .* and MixtralExperts are of another version'):
         attach(model, TopK(1))
-    assert '\n' not in str(error.value)
-    assert hooks(model) == before
+    assert not mlp(model, 0).gate._forward_hooks
 
 
-def test_other_families_a_second_detach_and_too_many_experts_are_refused():
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=1,
-    )
-    llama = transformers.LlamaForCausalLM(config)
+def test_what_does_not_fit_is_refused(tmp_path):
+    with torch.device('meta'):
+        llama = transformers.LlamaModel(transformers.LlamaConfig(num_hidden_layers=0))
     with pytest.raises(InputError, match="model_type 'llama' is not supported"):
         attach(llama, TopK(1))
     model = opened()
+    with pytest.raises(InputError, match='another base model'):
+        attach(model, saved(GOLDEN / 'mixtral-2', tmp_path))
     with pytest.raises(InputError, match='up to 5 experts, where the model has 4'):
         attach(model, TopK(5))
     with pytest.raises(InputError, match='no policy is attached'):
         detach(model)
-    with pytest.raises(InputError, match='Linear is no model of transformers'):
-        attach(torch.nn.Linear(2, 2), TopK(1))
+    attach(model, TopK(1))
+    with pytest.raises(InputError, match='changed before'):
+        attach(model, TopK(1))

@@ -14,9 +14,6 @@ MIXTRAL = dict(
     num_key_value_heads=8,
     rope_theta=1e6,
     rms_norm_eps=1e-5,
-    sliding_window=None,
-    hidden_act='silu',
-    tie_word_embeddings=False,
     bos_token_id=1,
     eos_token_id=2,
 )
@@ -50,16 +47,11 @@ HUB = {
         num_experts=60,
         num_experts_per_tok=4,
         shared_expert_intermediate_size=5632,
-        mlp_only_layers=[],
-        decoder_sparse_step=1,
         norm_topk_prob=False,
         rope_theta=1e6,
         rms_norm_eps=1e-6,
         vocab_size=151936,
-        sliding_window=32768,
-        use_sliding_window=False,
         max_position_embeddings=8192,
-        tie_word_embeddings=False,
     ),
     'deepseek-moe-16b': dict(
         model_type='deepseek',
@@ -73,13 +65,9 @@ HUB = {
         num_experts_per_tok=6,
         n_shared_experts=2,
         first_k_dense_replace=1,
-        moe_layer_freq=1,
         norm_topk_prob=False,
-        rope_theta=10000,
-        rope_scaling=None,
         rms_norm_eps=1e-6,
         vocab_size=102400,
-        attention_bias=False,
         max_position_embeddings=4096,
     ),
     'olmoe-1b-7b': dict(
@@ -92,11 +80,8 @@ HUB = {
         num_experts=64,
         num_experts_per_tok=8,
         norm_topk_prob=False,
-        clip_qkv=None,
-        rope_theta=10000,
         rms_norm_eps=1e-5,
         vocab_size=50304,
-        attention_bias=False,
         max_position_embeddings=4096,
     ),
     'qwen3-30b-a3b': dict(
@@ -111,28 +96,30 @@ HUB = {
         num_experts=128,
         num_experts_per_tok=8,
         norm_topk_prob=True,
-        mlp_only_layers=[],
-        decoder_sparse_step=1,
         rope_theta=1e6,
         rms_norm_eps=1e-6,
         vocab_size=151936,
-        attention_bias=False,
         max_position_embeddings=40960,
     ),
 }
 # parameters; tensors on disk; the paper's allocator size in millions (None: not in the paper)
 SIZES = {
-    'mixtral-8x7b': (46_702_792_704, 995, 1.05), 'mixtral-8x22b': (140_620_634_112, 1739, 2.75),
-    'qwen1.5-moe': (14_315_784_192, 4659, 2.95), 'deepseek-moe-16b': (16_375_728_128, 5466, 3.54),
-    'olmoe-1b-7b': (6_919_161_856, 3219, None), 'qwen3-30b-a3b': (30_532_122_624, 18867, None)}
+    'mixtral-8x7b': (46_702_792_704, 995, 1.05),
+    'mixtral-8x22b': (140_620_634_112, 1739, 2.75),
+    'qwen1.5-moe': (14_315_784_192, 4659, 2.95),
+    'deepseek-moe-16b': (16_375_728_128, 5466, 3.54),
+    'olmoe-1b-7b': (6_919_161_856, 3219, None),
+    'qwen3-30b-a3b': (30_532_122_624, 18867, None),
+}
+
+
 @pytest.mark.parametrize('name', HUB)
 def test_published_model_on_the_meta_device(name):
     config = from_hf(HUB[name])
     with torch.device('meta'):
-        model = Transformer(config).to(torch.bfloat16)
+        tensors = hub_tensors(Transformer(config)).values()
         allocators = Allocators(config, config.n_experts, False)
-    tensors = hub_tensors(model).values()
     parameters, files, millions = SIZES[name]
-    assert sum(t.numel() for t in tensors) == sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(t.numel() for t in tensors) == parameters
     assert len(tensors) == files
-    assert millions is None or round(allocators.n_params() / 1e6, 2) == millions
+    assert millions in (None, round(allocators.n_params() / 1e6, 2))

@@ -33,8 +33,7 @@ def test_generation_prints_the_text_speed_and_mean_k(smoke, base, capsys):
     tokens = torch.tensor([tokenizer.encode('def f(')])
     written = generate(model, tokens, 12, policy)[0]
     assert printed.startswith(tokenizer.decode(written.tolist()))
-    for part in ('--- 12 tokens', 'tokens/s', 'mean k', '\x1b[48;5;', 'from black to white'):
-        assert part in printed
+    assert re.search('--- 12 tokens .* tokens/s, mean k .*\n\x1b.48;5;', printed)
 
 
 def test_coloured_text_is_the_text_and_lighter_where_more_experts_ran(base):
@@ -49,18 +48,7 @@ def test_coloured_text_is_the_text_and_lighter_where_more_experts_ran(base):
     assert max(greys) == '255'
 
 
-@pytest.mark.parametrize('args, says', [
-    ([], '--ckpt'),
-    (['--policy', 'k=99'], 'k=99'),
-    (['--policy', 'ada-k'], '--run'),
-    (['--tokens', '0'], '--tokens'),
-    (['--tokens', '10000'], 'at most'),
-    (['--device', 'abacus'], 'abacus'),
-    (['--prompt', ''], '--prompt'),
-    (['--run', '/no/such', '--policy', 'ada-k'], 'no/such'),
-    (['--ckpt', 'gpt-9'], 'gpt-9'),
-])
-def test_wrong_flags_are_refused_in_one_line(args, says, smoke, capsys):
-    base = ['--ckpt', smoke[0] / 'base'] if args else []
-    args = '--prompt', 'x', *base, *args
-    assert says in refusal(capsys, 'study.sample', study.sample.main, *args)
+@pytest.mark.parametrize('prompt, tokens', [('', 5), ('x', 0), ('x', 10000)])
+def test_too_few_and_too_many_tokens_are_refused(prompt, tokens, smoke, capsys):
+    args = '--run', smoke[0], '--prompt', prompt, '--tokens', tokens
+    assert 'give 1 or more of both' in refusal(capsys, 'study.sample', study.sample.main, *args)
