@@ -5,9 +5,9 @@
     python bench.py --run out/deep      a trained run's model and allocators on its own held-out text, C = 64
     python bench.py --ckpt FOLDER       any checkpoint, with random allocators at 0.7 K
 
-First the experts of one layer: every path of moe_dispatch.py, and transformers' own experts, on the same
-weights and choices, at top-k and with 0.75 K experts a token. Behind each time stands its share of what this
-machine allows: the FLOPs at its own matmul rate or the bytes at its own copy rate, whichever takes longer.
+First the experts of one layer: every path of moe_dispatch.py on the same weights and choices, at top-k and
+with 0.75 K experts a token. Behind each time stands its share of what this machine allows: the FLOPs at its
+own matmul rate or the bytes at its own copy rate, whichever takes longer.
 Then whole models, ours and transformers' over the same weights in memory, at top-k and with fewer experts:
 `prefill` reads a text up to the first new token, `batch 1` and `batch 8` write behind so many short prompts.
 
@@ -32,7 +32,7 @@ from model import Config
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags, open_out
 from run.evaluate import calibrate
 from run.experts_cpu import FEW_TOKENS, moe_few
-from run.speed import CHOICES, pairs, speed_table, transformers_experts, whole_rows
+from run.speed import CHOICES, pairs, speed_table, whole_rows
 from run.timing import rates
 from train import settings_of
 
@@ -80,8 +80,7 @@ def dispatch_cases(x, *arguments):
     paths = [moe_dispatch.moe_loop, moe_dispatch.moe_exact, moe_dispatch.moe_static]
     if not x.is_cuda and len(x) <= FEW_TOKENS:
         paths.append(moe_few)
-    cases = {path.__name__: partial(path, x, *arguments) for path in paths}
-    return cases | transformers_experts(x, *arguments)
+    return {path.__name__: partial(path, x, *arguments) for path in paths}
 
 
 def limit(x, ids, weights, k, w_in, w_out, matmul, copy):

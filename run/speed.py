@@ -1,14 +1,13 @@
 """run/speed.py: what bench.py compares with, and how it shows it.
 
     pairs of times: everything at top-k, and with fewer experts
-    transformers over the memory of our weights: the experts of one layer, and a whole Mixtral
+    transformers over the memory of our weights: a whole Mixtral
     whole models beside each other
     the table
 
 transformers is optional: where it is missing, or of a version that builds its models in another way, its rows
 are left out and a line says so.
 """
-import contextlib
 import sys
 from functools import partial
 
@@ -18,7 +17,6 @@ from allocator import Counted
 from hub.config import to_hf
 from hub.plug import attach
 from model import generate
-from moe_dispatch import used
 from run.report import markdown
 from run.standins import StandIns
 from run.timing import interleaved, summary
@@ -44,37 +42,6 @@ def pairs(cases, device, about):
 
 
 # ================================================================ transformers over our weights
-
-@contextlib.contextmanager
-def left_out(what):
-    """Within it an error of transformers becomes one line; what was found before stays."""
-    try:
-        yield
-    except Exception as e:                                     # a version that is not known may raise any
-        print(f'transformers: its rows are left out, {what} ({repr(e)[:200]})')
-
-
-def transformers_experts(x, ids, weights, k, w_in, w_out):
-    """{name: callable} of transformers' ways to compute moe_dispatch.py:moe of the same arguments."""
-    N, width, C = w_in.shape
-    run = used(k, ids.shape[1])                                # (P,k_max)
-    ids = torch.where(run, ids, N)                             # there is no expert N: nothing is computed
-    weights = weights.to(x.dtype)
-    cases = {}
-    with left_out('experts'):
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-        for way in WAYS:
-            config = MixtralConfig(hidden_size=C, intermediate_size=width // 2, num_local_experts=N)
-            config._experts_implementation = way
-            with torch.device('meta'):
-                module = MixtralExperts(config)
-            module.load_state_dict({'gate_up_proj': w_in, 'down_proj': w_out}, assign=True)
-            module._is_expert_parallel = not run.all()         # says that there are ids without an expert
-            module(x[:1], ids[:1], weights[:1])                # does it run?
-            cases[f'transformers {way}'] = partial(module, x, ids, weights)
-    return cases
-
 
 def twin_of(model):
     """transformers' MixtralForCausalLM over the memory of our weights; an error for another family."""
@@ -141,12 +108,14 @@ def whole_rows(name, model, tokens, policy):
         cases['ours', choice] = partial(generate, model, **how)
         if model.layers[-1].mlp.standins is None:              # else they are timed above
             cases['ours, stand-ins', choice] = partial(with_standins, model, standins, **how)
-    with left_out(name):
+    try:
         twins = {'top-k': twin_of(model), 'fewer': twin_of(model)}
         attach(twins['fewer'], policy)
         for way in WAYS:
             for choice, twin in twins.items():
                 cases[f'transformers {way}', choice] = partial(theirs, twin, way)
+    except Exception as e:                                     # a version that is not known may raise any
+        print(f'transformers: its rows are left out, {name} ({repr(e)[:200]})')
     n = tokens.numel() // 64
     prompts = tokens.flatten().repeat(8)[:8 * PROMPT].view(8, PROMPT)       # a short text is repeated
     rows = []
@@ -164,7 +133,7 @@ def whole_rows(name, model, tokens, policy):
 def speed_table(rows):
     """Milliseconds, quartiles, share of the limit; in bold the path that the model takes.
 
-    The last column: how many times as fast as the better of transformers' two ways at top-k.
+    The last columns: how many times as fast as the better of transformers' two ways at top-k.
     """
     theirs = {}                                                # {(name, stage): milliseconds of the better}
     for r in rows:
@@ -176,20 +145,17 @@ def speed_table(rows):
     for r in rows:
         bold = '**' if r['path'] == r.get('default') else ''
         line = [r['name'], r['stage'], f'{bold}{r["path"]}{bold}']
-        best = theirs.get((r['name'], r['stage']))
-        speed_ups = []
         for choice in CHOICES:
             t = r[choice]
             limit = f', {r["limit_ms"][choice] / t["ms"]:.0%}' if 'limit_ms' in r else ''
             line.append(f'{t["ms"]:.2f} ({t["low"]:.2f}-{t["high"]:.2f}){limit}')
-            if best:
-                speed_ups.append(f'{best / t["ms"]:.2f}')
-        line += [
-            f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}',
-            f'{r["k_share"]:.2f}',
-            ', '.join(speed_ups),
-        ]
+        line.append(f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}')
+        line.append(f'{r["k_share"]:.2f}')
+        best = theirs.get((r['name'], r['stage']))
+        if best:
+            line += [f'{best / r[choice]["ms"]:.2f}' for choice in CHOICES]
         lines.append(line)
-    head = ['', 'stage', 'path', 'ms at top-k', 'ms with fewer', 'time: fewer / top-k', 'k: fewer / top-k',
-            'transformers / this, top-k, fewer']
+    head = ['', 'stage', 'path', 'ms at top-k', 'ms with fewer', 'time: fewer / top-k', 'k: fewer / top-k']
+    if theirs:
+        head += ['transformers / this', 'with fewer']
     return markdown(head, lines)

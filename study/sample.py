@@ -1,6 +1,6 @@
 """study/sample.py: text under a chosen policy, as it comes; then its speed and mean k.
 
-    python -m study.sample --run out/deep --prompt "def main(" --show        by the allocators, coloured by k
+    python -m study.sample --run out/deep --prompt "def main("               by the allocators
     python -m study.sample --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"   any static k, no training needed
 """
 import time
@@ -8,7 +8,7 @@ import time
 import torch
 
 import run.standins as standins
-from allocator import Counted, Watched
+from allocator import Counted
 from base.frozen import load_model
 from hub.checkpoint import base_digest
 from hub.files import InputError
@@ -17,8 +17,6 @@ from model import generate_steps
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags
 from scale.graph import graph_decoder
 from study.policies import open_policy, policy_flags
-
-BLACK, GREYS = 232, 24          # of a terminal's 256 colours, in rising lightness
 
 
 def written(steps, stops, ids):
@@ -31,23 +29,6 @@ def written(steps, stops, ids):
         yield token
 
 
-@torch.no_grad()
-def coloured(model, tokenizer, tokens, policy):
-    """The text of tokens (1,T) for a terminal, each on a grey that is lighter the more experts it ran."""
-    seen = []
-    model.hidden(tokens, Watched(policy, lambda layer, x, probs, k: seen.append(k)))
-    k = torch.stack(seen).float().mean(0).tolist()                          # [T], mean over the layers
-    low, high = min(k), max(k)
-    shown = ''
-    for k_t, piece in zip(k, tokenizer.stream(tokens[0])):
-        share = (k_t - low) / max(high - low, 1e-9)
-        grey = BLACK + round(share * (GREYS - 1))
-        text = 231 if share < 0.5 else 16                      # white on dark, black on light
-        piece = piece.replace('\n', '\x1b[0m\n')
-        shown += f'\x1b[48;5;{grey};38;5;{text}m{piece}\x1b[0m'
-    return f'{shown}\nexperts a layer, from black to white: {low:.2f} to {high:.2f}'
-
-
 def main(argv=None):
     p = OneLineParser(__doc__)
     policy_flags(p)
@@ -56,7 +37,6 @@ def main(argv=None):
     p.add_argument('--tokens', type=int, default=100, help='how many tokens to write (default 100)')
     p.add_argument('--temperature', type=float, default=0.8, help='0: the most probable token (default 0.8)')
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
-    p.add_argument('--show', action='store_true', help='print the text once more, tokens coloured by their k')
     a = p.parse_args(argv)
     open_model_flags(a)
     s, folder, config, policy = open_policy(a)
@@ -86,8 +66,6 @@ def main(argv=None):
     rate = new / (time.perf_counter() - start)
     print(f'\n--- {new} tokens behind {n}, {rate:.1f} tokens/s, '
           f'mean k {tally.mean():.3f} of K = {config.top_k}')
-    if a.show:
-        print(coloured(model, tokenizer, torch.tensor([ids], device=a.device), policy))
 
 
 if __name__ == '__main__':
