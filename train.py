@@ -28,7 +28,7 @@ import torch
 
 import ppo
 import run.standins as standins
-from allocator import AdaK, Rollout
+from allocator import AdaK, Rollout, TopK
 from base.frozen import base_folder, base_model
 from hub.checkpoint import base_digest
 from hub.files import InputError, read_json, reading, write_json
@@ -81,6 +81,7 @@ class Settings:
     # what becomes of the weight of an expert that does not run (run/standins.py)
     dropped: str = 'stand-ins'      # 'published': the others get it; 'rho': a fitted part of it; 'stand-ins'
     rank: int | None = None         # of the stand-ins; None: an eighth of C
+    beyond: int = 0                 # experts beyond K that a token may run
     # allocators
     extended: bool = True           # do they see the router's sorted probabilities too?
     start: str = 'skip'             # where PPO starts: see run/start.py
@@ -203,9 +204,13 @@ def next_price(s, first, log, config):
 
 
 def rollout_reward(s, model, inputs, targets, rollout):
-    """Rewards in nats: (G,B,T) of inputs (B,T) G times with sampled k, and (B,T) of the model's own K."""
+    """Rewards in nats: (G,B,T) of inputs (B,T) G times with sampled k, and (B,T) of the model's own K.
+
+    What is expected is expected under the best static k that the allocators may choose: K, or s.beyond more.
+    """
     few = sequences_of_pass(s.seq)
-    passes = [(part, None) for part in inputs.split(few)]
+    teacher = TopK(rollout.k_max) if s.reward == 'expected' else None
+    passes = [(part, teacher) for part in inputs.split(few)]
     passes += [(part, rollout) for part in inputs.repeat(s.group, 1).split(few)]
     hidden = torch.cat(model.hidden_of(passes))                             # ((1+G)*B,T,C), top-k first
     hidden = hidden.view(1 + s.group, inputs.numel(), -1)                   # (1+G,P,C)
@@ -359,6 +364,8 @@ def parse(argv, doc=__doc__):
     p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],
                    help='what gets the weight of an expert that does not run (run/standins.py)')
     p.add_argument('--rank', type=int, help='of the stand-ins (default: an eighth of C)')
+    p.add_argument('--beyond', type=int, help='experts beyond K that a token may run (default 0); '
+                                              '1 is better than top-k from a budget of 0.9 on')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
     p.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda for --ckpt if there is one)')
     p.add_argument('--stream', action='store_true', help='two layers on the device, the others on the host')

@@ -56,7 +56,7 @@ def attach(model, policy, fitted=None):
         how = Weighting.of(config)
         stand_in = None
         if fitted:
-            how.rho = fitted['rho'][layer].item()
+            how = standins.weighting(config, fitted, layer)
             stand_in = standins.of_layer(fitted, layer, block.gate.weight)
         hook = router_hook(layer, policy, how, stand_in, config, tally)
         undo(block.gate.register_forward_hook(eager(hook)).remove)

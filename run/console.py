@@ -82,6 +82,7 @@ def check_settings(s):
         f'--budget {s.budget}: must be above 0 and at most 1': 0 < s.budget <= 1,
         '--price: must be nats, 0 or more': s.price is None or 0 <= s.price < float('inf'),
         '--rank: must be 1 or more': s.rank is None or s.rank > 0,
+        '--beyond: must be 0 or more': s.beyond >= 0,
         '--save-every, --seq, --ppo-steps, --ppo-batch: must be 1 or more': min(counts) > 0,
         '--fresh learns a base: not with --ckpt or --resume': not (s.fresh and (s.ckpt or s.resume)),
         '--stream needs --ckpt: a base that is learnt here is in memory': s.ckpt or not s.stream,

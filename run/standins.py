@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from allocator import TopK
 from hub.files import InputError, reading
 from hub.safetensors import read_safetensors, write_safetensors
-from moe_dispatch import STATIC_TOKENS
+from moe_dispatch import STATIC_TOKENS, Weighting
+from run.evaluate import evaluate
 from run.rules import look
 from scale.memory import sequences_of_pass
 
+ETA = 0.3               # about the best share of an expert beyond K
 RIDGE = 1e-3            # of the mean variance of x
 FEW_TOKENS = 8          # on a CPU, up to here StandIns.one_by_one is faster
 
@@ -45,15 +48,18 @@ def target_k(s, config):
 
 @torch.no_grad()
 def fit(s, model, inputs):
-    """{name: fp32 tensor}: rho (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
+    """{name: fp32 tensor}: rho and eta (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
 
     s.dropped says which. inputs (B,T): training text, of which as many sequences are used as fit into a pass.
     """
     config = model.config
     experts = [model.layers[i].mlp for i in config.moe_layers]
-    published = torch.full((len(experts),), float(config.norm_topk))
+    weights = {
+        'rho': torch.full((len(experts),), float(config.norm_topk)),
+        'eta': torch.ones(len(experts)),
+    }
     if s.dropped == 'published' or config.top_k == 1:
-        return {'rho': published}
+        return weights
     rank = rank_of(s, config)
     if rank > config.dim:
         raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
@@ -73,9 +79,12 @@ def fit(s, model, inputs):
     poor = rank and (found[0] == 0).flatten(2).all(2).sum().item()
     if poor:
         print(f'stand-ins: too few tokens choose {poor} of the experts: their mean output stands in for them')
-    if rank == 0:
-        return {'rho': found[0] if config.norm_topk else published}
-    return {'rho': torch.zeros_like(published), **dict(zip('ABb', found))}
+    if rank > 0:
+        weights['rho'] *= 0
+        return {**weights, **dict(zip('ABb', found))}
+    if config.norm_topk:
+        weights['rho'] = found[0]
+    return weights
 
 
 def output(moe, n, x):
@@ -133,6 +142,24 @@ def fit_expert(moe, x, g, ids, n, rank):
     return A.float(), B.float(), (mean_y - B @ (A @ mean_x)).float()
 
 
+def fit_eta(model, fitted, windows):
+    """Set fitted['eta'], by the loss of windows of text with K + 1 experts for every token.
+
+    The loss is nearly a parabola in eta: the lowest point of the one through three losses.
+    """
+    one_more = TopK(min(model.config.top_k + 1, model.config.n_experts))
+    losses = []
+    for eta in 0, ETA, 2 * ETA:
+        fitted['eta'].fill_(eta)
+        use(model, fitted)
+        [(loss, _)] = evaluate(model, windows, [one_more])
+        losses.append(loss.mean().item())
+    none, some, much = losses
+    bend = none - 2 * some + much
+    best = ETA * (1 + (none - much) / (2 * bend)) if bend > 0 else 0
+    fitted['eta'].fill_(min(max(best, 0), 1))
+
+
 # ================================================================ in the model
 
 class StandIns:
@@ -157,10 +184,10 @@ class StandIns:
         return self.many(x, ids, left)
 
     def plain(self, x, ids, left):
-        """The reference, and what a CUDA graph can hold: no shape depends on k. Every map is copied."""
-        low = self.A[ids] @ x[:, None, :, None]                             # (P,width,r,1)
-        out = (self.B[ids] @ low).squeeze(-1) + self.b[ids]                 # (P,width,C)
-        return (left[..., None].to(x.dtype) * out).sum(1)
+        """The reference, and what a CUDA graph can hold, as no shape depends on k: every map at every token."""
+        low = torch.einsum('pc,nrc->pnr', x, self.A)
+        share = self.shares(x, ids, left)                                   # (P,N)
+        return torch.einsum('pnr,ncr->pc', share[..., None] * low, self.B) + share @ self.b
 
     def one_by_one(self, x, ids, left):
         """The same for a handful of tokens on a CPU, forward only: just the maps that are needed are read."""
@@ -180,10 +207,14 @@ class StandIns:
         choice = choice[order]
         experts = torch.arange(len(self.A), device=ids.device)
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)      # (N,)
-        low = F.grouped_mm(x[token], self.A.mT, offs=ends)                  # (rows,r)
-        out = F.grouped_mm(low, self.B.mT, offs=ends) + self.b[expert]      # (rows,C)
-        weight = left[token, choice, None].to(x.dtype)
-        return torch.zeros_like(x).index_add(0, token, weight * out)
+        share = left[token, choice, None].to(x.dtype)                       # (rows,1)
+        low = share * F.grouped_mm(x[token], self.A.mT, offs=ends)          # (rows,r)
+        out = F.grouped_mm(low, self.B.mT, offs=ends)                       # (rows,C)
+        return (self.shares(x, ids, left) @ self.b).index_add(0, token, out)
+
+    def shares(self, x, ids, left):
+        """`left` with a column for every expert, (P,N) in x's dtype."""
+        return x.new_zeros(len(x), len(self.b)).scatter(1, ids, left.to(x.dtype))
 
 
 def of_layer(fitted, layer, like):
@@ -192,11 +223,18 @@ def of_layer(fitted, layer, like):
         return StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
 
 
+def weighting(config, fitted, layer):
+    """How a layer weighs its experts with what `fit` returned."""
+    rho = fitted['rho'][layer].item()
+    eta = fitted['eta'][layer].item()
+    return Weighting(config.top_k, config.norm_topk, rho, eta)
+
+
 def use(model, fitted):
     """Let the model run with what `fit` returned; None: as it is."""
     for layer, i in enumerate(model.config.moe_layers if fitted else []):
         moe = model.layers[i].mlp
-        moe.weighting.rho = fitted['rho'][layer].item()
+        moe.weighting = weighting(model.config, fitted, layer)
         moe.standins = of_layer(fitted, layer, model.norm.weight)
 
 
@@ -214,4 +252,4 @@ def of_run(run, base):
         fitted, metadata = read_safetensors(path)
         if metadata['base'] != base:
             raise InputError(f'{path}: fitted on another base model than this one')
-    return fitted
+        return {'rho': fitted.pop('rho'), 'eta': fitted.pop('eta'), **fitted}

@@ -40,9 +40,11 @@ def weight_bytes(config, itemsize, how, size=1):
 def allocator_sizes(s, config):
     """(k_max, numbers that an allocator reads): as published N and C, by default K and C + N + K - 1.
 
-    The expected reward cannot be better than that of K experts, so it has no use for more.
+    The expected reward cannot be better than that of its teacher, so it has no use for more experts.
     """
-    k_max = config.top_k if s.reward == 'expected' else config.n_experts
+    k_max = config.n_experts
+    if s.reward == 'expected':
+        k_max = min(k_max, config.top_k + s.beyond)
     n_in = config.dim
     if s.extended:
         n_in += config.n_experts + config.top_k - 1
@@ -62,7 +64,7 @@ def working_bytes(s, config, itemsize):
     states = len(c.moe_layers) * sampled * (itemsize * n_in + 16)
     states += sampled * (4 * n_in + 40 * k_max)
     hidden = 3 * tokens * c.dim * itemsize
-    of_token = c.top_k * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim
+    of_token = (c.top_k + s.beyond) * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim
     experts = min(max(PASS_TOKENS, s.seq), sampled) * of_token * itemsize
     # what ppo.expected_gain makes of a chunk of logits: four copies in fp32
     logits = 16 * min(LOGITS, tokens * c.n_vocab)

@@ -140,7 +140,7 @@ def parser(doc):
     return p
 
 
-def open_study(a, name):
-    """The Study called `name` of a.run; joins the ranks."""
+def open_study(a, name, **changes):
+    """The Study called `name` of a.run, with changes to its Settings; joins the ranks."""
     open_model_flags(a)
-    return Study(settings_of(a), Path(a.run), name)
+    return Study(replace(settings_of(a), **changes), Path(a.run), name)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import run.standins as standins
-from allocator import AdaK, Allocators, TopK
+from allocator import AdaK, Allocators, Rollout, TopK
 from base.pretrain import new_model
 from conftest import random_model, random_text, tiny_config
 from hub.files import InputError
@@ -11,7 +11,7 @@ from run.evaluate import evaluate
 from run.rules import SkipFamilies, look, worth_of_an_expert
 from run.start import new_allocators
 from study.policies import SoftMixture, rule, train_soft
-from train import Settings, train_ppo
+from train import Settings, rollout_reward, train_ppo
 
 
 # ================================================================ without RL
@@ -88,7 +88,7 @@ def test_allocators_start_as_expert_skipping(family, budget):
     assert price == pytest.approx(0.7 * worth_of_an_expert(families, target))
 
 
-@pytest.mark.parametrize('N, K', [(8, 2), (128, 8)])
+@pytest.mark.parametrize('N, K', [(8, 2), (64, 2), (64, 8), (128, 2), (128, 8)])
 def test_the_first_step_keeps_the_start_however_many_experts(N, K):
     model = new_model(tiny_config(n_experts=N, top_k=K, dim=64), 0).requires_grad_(False)
     s = Settings(seq=16, start='one beta', ppo_steps=1)
@@ -98,6 +98,21 @@ def test_the_first_step_keeps_the_start_however_many_experts(N, K):
     log = []
     train_ppo(s, model, allocators, price, text, log)
     assert 0 < log[0]['approx_kl'] < 0.05
+
+
+def test_with_experts_beyond_k_the_teacher_runs_them():
+    model = random_model(tiny_config())
+    s = Settings(beyond=1, group=2)
+    inputs = torch.randint(50, (2, 9))
+    allocators = Allocators(model.config, 4, True)
+    allocators.bias.data[:, 3] = 60                            # K + 1 = 4 experts everywhere
+
+    def reward():
+        rollout = Rollout(allocators, torch.rand(3, 2 * 18), torch.float32)
+        return rollout_reward(s, model, inputs, inputs, rollout)[0]
+    assert not reward().any()
+    allocators.bias.data[:, 2] = 90                            # K of them
+    assert reward().mean() < 0
 
 
 # ================================================================ by name

@@ -108,6 +108,19 @@ def model():
     return random_model(tiny_config())
 
 
+@pytest.mark.parametrize('lowest, found', [(0.2, 0.2), (-1, 0), (3, 1)])
+def test_eta_is_where_the_loss_of_the_text_is_lowest(lowest, found, model, monkeypatch):
+    def evaluated(model, windows, policies):
+        [policy] = policies
+        assert policy.k_max == 4
+        eta = model.layers[2].mlp.weighting.eta
+        return [(torch.tensor([(eta - lowest) ** 2]), None)]
+    monkeypatch.setattr(standins, 'evaluate', evaluated)
+    fitted = standins.fit(Settings(dropped='published'), model, None)
+    standins.fit_eta(model, fitted, None)
+    torch.testing.assert_close(fitted['eta'], torch.full((3,), float(found)))
+
+
 def test_each_way_costs_less_than_the_one_before(model):
     inputs = torch.randint(50, (64, 32))
     windows = inputs[:16], inputs[:16], None
