@@ -67,9 +67,9 @@ def train_soft(s, model, allocators, first, text, log):
     for step in range(1, steps + 1):
         inputs = next(batches)[0].to(s.device)                              # (B,T)
         mixture = SoftMixture(allocators)
-        logits_topk = model(inputs)                                         # (B,T,V)
-        change = model(inputs, mixture) - logits_topk
-        reward = ppo.expected_gain(change, logits_topk).mean()
+        teacher = model(inputs, TopK(allocators.k_max))                     # (B,T,V)
+        change = model(inputs, mixture) - teacher
+        reward = ppo.expected_gain(change, teacher).mean()
         pi = torch.stack(mixture.steps)                                     # (L,P,A)
         mean_k = (pi @ k).mean()
         entropy = torch.special.entr(pi).sum(-1).mean()
