@@ -12,14 +12,13 @@ Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`,
 A knob is calibrated on one split of the text to a wanted mean k (`find_knob`) and reported on another.
 """
 import json
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import moe_dispatch
-from hub.files import InputError, read_json, reading
+from hub.files import InputError, reading
 from hub.safetensors import read_safetensors, write_safetensors
 
 
@@ -210,22 +209,6 @@ class AdaK(Policy):
         of_mean = (weight @ a.mean[..., None]).squeeze(-1)                  # (L,k_max)
         bias = a.bias - k * price - of_mean                                 # (L,k_max)
         self.maps = list(zip(weight, bias))
-
-    @classmethod
-    def of_run(cls, run, config, base, device):
-        """The policy that a run of train.py has learnt for the base model with this Config and digest.
-
-        InputError if the allocators are not those that the run's results.json reports.
-        """
-        path = Path(run) / 'allocator.safetensors'
-        allocators = Allocators.load(path, config, base)
-        results = Path(run) / 'results.json'
-        with reading(results):
-            reported = read_json(results)['config']
-            for name, value in allocators.run.items():
-                if reported[name] != value:
-                    raise InputError(f'{path}: trained with {name} {value}, {results} has {reported[name]}')
-        return cls(allocators.to(device))
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):

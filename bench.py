@@ -14,7 +14,6 @@ Then whole models, ours and transformers' over the same weights in memory, at to
 Everything is timed in one process, all candidates in turn in every round, on random data with real routing.
 A number is the median over the rounds, with the quartiles in brackets; a ratio is a ratio of medians.
 """
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,8 @@ from run.console import OneLineParser, model_flags, one_line_errors, open_model_
 from run.evaluate import calibrate
 from run.experts_cpu import FEW_TOKENS, moe_few
 from run.speed import CHOICES, pairs, speed_table, whole_rows
-from run.timing import rates
+from run.state import trained_policy
+from run.timing import machine, rates
 from train import settings_of
 
 # name: C, F, N, K, tokens of a prefill
@@ -168,7 +168,7 @@ def of_run(a, s):
     tokens = texts[2].windows(s.seq, 2048)[0].to(s.device)
     if a.run:
         digest = base_digest(base_folder(s, run))
-        policy = AdaK.of_run(run, model.config, digest, s.device)
+        policy = trained_policy(run, model.config, digest, s.device)
         standins.use(model, standins.of_run(run, digest))
     else:
         policy = fewer(model, tokens)
@@ -189,9 +189,6 @@ def main(argv=None):
     start = time.monotonic()
     torch.manual_seed(0)
     device = torch.device(a.device)
-    machine = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    if device.type == 'cuda':
-        machine = torch.cuda.get_device_name(device)
     reached = rates(device)
     dispatch = []
     if a.run or a.ckpt:
@@ -205,7 +202,7 @@ def main(argv=None):
         whole += whole_rows(*model)
     print(speed_table(whole))
     write_json(out / 'bench.json', {
-        'machine': machine,
+        'machine': machine(device),
         'torch': torch.__version__,
         'reached': reached,
         'seconds': time.monotonic() - start,

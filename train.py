@@ -18,7 +18,6 @@ The default recipe differs from the paper's (`--paper`) where that measured bett
 """
 import argparse
 import math
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,10 +33,10 @@ from hub.checkpoint import base_digest
 from hub.files import InputError, read_json, reading, write_json
 from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, default_device,
-                         one_line_errors, open_device)
+                         one_line_errors, open_device, peak_gb)
 from run.evaluate import Probe, bits_per_byte, calibrate, effective_documents, rewards
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
-from run.report import table, training_figure, write_log
+from run.report import told, training_figure, write_log
 from run.standins import target_k
 from run.start import new_allocators, prepare
 from run.state import Interrupt, load_state, open_run, save_state
@@ -138,7 +137,6 @@ PAPER = dict(
 CLIP = 0.2              # eps of eq. 7, 8
 PRICE_RATE = 0.1        # relative change of the price per step and unit of (mean k - target) / K
 PRICE_DAMPING = 1.0     # and of what the last step alone says
-FEW_DOCUMENTS = 10      # fewer say little about how documents differ
 PROBES = 10             # how often in a run the probe is evaluated
 
 
@@ -313,39 +311,33 @@ def run(s, out):
         allocators.price.fill_(knob)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     rows = compare(s, model, allocators, families, dial, windows)
-    bpb = bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer)
-    n_documents = effective_documents(windows[2].flatten())
     lap('evaluation')
 
     # files
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # kB on Linux, bytes on a Mac
-    peak_gb = max(gathered(peak)) / (1e9 if sys.platform == 'darwin' else 1e6)
+    memory = max(gathered(peak_gb()))
     if ranks()[0] > 0:
         return
     digest = base_digest(base_folder(s, out))
-    facts = {name: getattr(s, name) for name in ('budget', 'seed', 'ppo_steps')}
-    allocators.save(out / 'allocator.safetensors', digest, **facts)
+    path = out / 'allocator.safetensors'
+    allocators.save(path, digest, budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
     standins.save(out, fitted, digest)
     write_log(out / 'log.csv', log)
-    write_json(out / 'results.json', {
+    results = {
         'run': out.name,
         'seed': s.seed,
         'config': asdict(s),
         'seconds': seconds,
-        'peak_gb': peak_gb,
+        'peak_gb': memory,
         'ranks': ranks()[1],
-        'bits_per_byte': bpb,
-        'effective_documents': n_documents,
+        'bits_per_byte': bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer),
+        'effective_documents': effective_documents(windows[2].flatten()),
         'allocator_params': allocators.n_params(),
         'rows': rows,
-    })
+    }
+    write_json(out / 'results.json', results)
     state.unlink()                                             # the run is complete
     training_figure(out / 'training.png', log, c.top_k, target_k(s, c) if s.price is None else None)
-    print(table(rows))
-    if n_documents < FEW_DOCUMENTS:
-        print(f'errors are rough: the held-out text counts as {n_documents:.1f} documents of equal length')
-    print(f'base model: {bpb:.3f} bits per byte on held-out text')
-    print(f'{sum(seconds.values()):.0f} s, {peak_gb:.1f} GB; wrote {out}')
+    print(told(results), f'wrote {out}', sep='\n')
 
 
 # ================================================================ command line

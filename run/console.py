@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,12 @@ def open_out(name, *files):
     except OSError as e:
         raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
     return out
+
+
+def peak_gb():
+    """The most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # kB on Linux, bytes on a Mac
+    return peak / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
 def check_settings(s):

@@ -11,6 +11,8 @@ from hub.files import write_whole
 os.environ['MPLBACKEND'] = 'agg'        # figures go to files; the backend of a notebook may not exist here
 import matplotlib.pyplot as plt  # noqa: E402
 
+FEW_DOCUMENTS = 10      # fewer say little about how documents differ
+
 plt.style.use('tableau-colorblind10')
 plt.rcParams.update({'figure.constrained_layout.use': True, 'axes.grid': True})
 
@@ -30,6 +32,17 @@ def table(rows):
         lines.append([r['method'], f'{r["loss"]:.4f}', delta if r['method'] != 'top-k' else '', *cost])
     head = ['method', 'loss (nats/token)', 'minus top-k', 'mean k', 'expert FLOPs', 'total FLOPs']
     return markdown(head, lines)
+
+
+def told(results):
+    """What a run says at its end: results.json as text."""
+    documents = results['effective_documents']
+    lines = [table(results['rows'])]
+    if documents < FEW_DOCUMENTS:
+        lines.append(f'errors are rough: the held-out text counts as {documents:.1f} equally long documents')
+    lines.append(f'base model: {results["bits_per_byte"]:.3f} bits per byte on held-out text')
+    lines.append(f'{sum(results["seconds"].values()):.0f} s, {results["peak_gb"]:.1f} GB')
+    return '\n'.join(lines)
 
 
 def write_log(path, log):

@@ -184,7 +184,7 @@ class StandIns:
         return self.many(x, ids, left)
 
     def plain(self, x, ids, left):
-        """The reference, and what a CUDA graph can hold, as no shape depends on k: every map at every token."""
+        """The reference: every map at every token. No shape depends on k, so a CUDA graph can hold it."""
         low = torch.einsum('pc,nrc->pnr', x, self.A)
         share = self.shares(x, ids, left)                                   # (P,N)
         return torch.einsum('pnr,ncr->pc', share[..., None] * low, self.B) + share @ self.b

@@ -17,7 +17,7 @@ SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
 TOGETHER = 9            # inputs that may move together at unit variance: N + K - 1 of Mixtral
 WARM_LR = 1e-3          # of P-Warm
-UNBUDGETED = 0.9        # of K: where a run with a fixed price starts, and at most with experts beyond K
+UNBUDGETED = 0.9        # of K: where a run with a fixed price starts, and at most one with experts beyond K
 FIRST_PRICE = 0.7       # of what an expert is worth to a rule: trained ones get more from those they run
 
 
@@ -46,7 +46,7 @@ def new_allocators(s, model, text, families):
     mean_k = standins.target_k(s, model.config)
     highest = max(1, UNBUDGETED * model.config.top_k)
     if s.price is not None or s.beyond and mean_k > highest:
-        mean_k = highest                                       # a rule at K drops nothing, and PPO has no start
+        mean_k = highest                                       # at K a rule drops nothing: there is no start
     if s.extended:
         inputs = next(batches)[0]
         standardise(model, allocators, inputs[:sequences_of_pass(s.seq)])

@@ -6,10 +6,12 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from hub.files import InputError, reading, write_whole
+from allocator import AdaK, Allocators
+from hub.files import InputError, read_json, reading, write_whole
 from run.console import MARK, open_out
 from run.ranks import ranks
 
@@ -115,3 +117,19 @@ def load_state(path, s, facts, allocators, optimizer, generator):
         optimizer.load_state_dict(state['optimizer'])
         generator.set_state(state['generator'])
         return state['log']
+
+
+def trained_policy(run, config, base, device):
+    """The policy that a finished run has learnt for the base model with this Config and digest.
+
+    InputError if the allocators are not those that the run's results.json reports.
+    """
+    path = Path(run) / 'allocator.safetensors'
+    allocators = Allocators.load(path, config, base)
+    results = Path(run) / 'results.json'
+    with reading(results):
+        reported = read_json(results)['config']
+        for name, value in allocators.run.items():
+            if reported[name] != value:
+                raise InputError(f'{path}: trained with {name} {value}, {results} has {reported[name]}')
+    return AdaK(allocators.to(device))

@@ -1,4 +1,5 @@
 """run/timing.py: how everything is timed: all candidates in turn, in one process, medians with quartiles."""
+import platform
 import statistics
 from functools import partial
 from time import perf_counter
@@ -30,6 +31,13 @@ def summary(times):
     """Median and quartiles in milliseconds of two or more times in seconds."""
     low, middle, high = statistics.quantiles([1000 * t for t in times], n=4)
     return {'ms': middle, 'low': low, 'high': high}
+
+
+def machine(device):
+    """What was timed, in words."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
 
 
 def rates(device):

@@ -8,12 +8,13 @@ from keyword import kwlist
 import numpy as np
 import torch
 
-from allocator import AdaK, Watched
+from allocator import Watched
 from hub.files import InputError, write_json
 from run.console import one_line_errors
 from run.evaluate import evaluate
 from run.ranks import ranks
 from run.report import plt, save_figure
+from run.state import trained_policy
 from study.study import open_study, parser
 
 SPACE = 'white space'
@@ -146,7 +147,7 @@ def main(argv=None):
     study = open_study(a, 'analysis')
     if ranks()[1] > 1:
         raise InputError('the analysis is for one process: run it without torchrun')
-    policy = AdaK.of_run(a.run, study.model.config, study.digest, study.s.device)
+    policy = trained_policy(a.run, study.model.config, study.digest, study.s.device)
     results = analyse(study, policy)
     write_json(study.folder / 'analysis.json', results)
     analysis_figure(study.folder / 'analysis.png', results)

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 import ppo
-from allocator import AdaK, Skip, TopK
+from allocator import Skip, TopK
 from base.frozen import base_folder
 from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError
 from run.console import Progress
+from run.state import trained_policy
 from train import next_price, settings_of
 
 SOFT_STEPS = 200
@@ -103,7 +104,7 @@ def open_policy(a):
     folder = base_folder(s, Path(a.run))
     config = read_config(folder)
     if a.policy == 'ada-k' and a.run:
-        policy = AdaK.of_run(a.run, config, base_digest(folder), s.device)
+        policy = trained_policy(a.run, config, base_digest(folder), s.device)
     else:
         policy = rule(a.policy, config)
     return s, folder, config, policy

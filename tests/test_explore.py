@@ -15,6 +15,7 @@ from allocator import AdaK, Counted, TopK
 from conftest import refusal
 from hub.checkpoint import base_digest, load
 from hub.tokenizer import Tokenizer
+from run.state import trained_policy
 from study.explore import BUDGETS, PAGE_BYTES, SHOWN
 
 TEXT = 'def größe(x):  # </script><script>document.title = "run"</script>\n\treturn "漢" < \'&amp;\'\n'
@@ -53,7 +54,7 @@ def separate(run):
     """(model, ids, allocators) to compute the numbers once more."""
     model = load(run / 'base')
     digest = base_digest(run / 'base')
-    policy = AdaK.of_run(run, model.config, digest, 'cpu')
+    policy = trained_policy(run, model.config, digest, 'cpu')
     standins.use(model, standins.of_run(run, digest))
     return model, Tokenizer(run / 'base').encode(TEXT), policy.allocators
 

@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import train
-from allocator import AdaK
 from base.frozen import is_there
 from conftest import ROOT, refusal
 from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from run.ranks import join
-from run.state import open_run
+from run.state import open_run, trained_policy
 
 
 def refused(capsys, out, *flags):
@@ -52,12 +51,12 @@ def test_allocators_of_another_run_than_the_results_are_refused(finished):
     path = finished / 'results.json'
     base = finished / 'base'
     of_run = finished, read_config(base), base_digest(base), 'cpu'
-    AdaK.of_run(*of_run)
+    trained_policy(*of_run)
     results = read_json(path)
     results['config']['seed'] = 3
     write_json(path, results)
     with pytest.raises(InputError, match='trained with seed 0, .*results.json has 3'):
-        AdaK.of_run(*of_run)
+        trained_policy(*of_run)
 
 
 def linked(base):

@@ -9,10 +9,11 @@ import torch
 
 import run.standins as standins
 import study.tasks
-from allocator import AdaK, Counted, TopK
+from allocator import Counted, TopK
 from conftest import refusal
 from hub.checkpoint import base_digest, load
 from hub.tokenizer import Tokenizer
+from run.state import trained_policy
 
 transformers = pytest.importorskip('transformers')
 CHOOSE = '''output_type: multiple_choice
@@ -93,7 +94,7 @@ def test_the_harness_scores_and_counts_as_our_own_model_does(smoke, tmp_path, mo
     tokenizer = Tokenizer(base)
     digest = base_digest(base)
     standins.use(model, standins.of_run(smoke[0], digest))
-    ada_k = AdaK.of_run(smoke[0], model.config, digest, 'cpu')
+    ada_k = trained_policy(smoke[0], model.config, digest, 'cpu')
     for row, policy in (of_top_k, TopK(4)), (of_ada_k, ada_k):
         hits = 0
         texts = set()

@@ -20,6 +20,7 @@ from hub.files import InputError
 from hub.plug import attach, detach
 from model import generate
 from run.speed import theirs, twin_of
+from run.state import trained_policy
 
 transformers = pytest.importorskip('transformers', minversion='5.23')
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -113,7 +114,7 @@ def test_a_run_of_ours_gives_the_same_through_transformers(smoke):
     ours = load(out / 'base')
     digest = base_digest(out / 'base')
     standins.use(ours, standins.of_run(out, digest))
-    policy = AdaK.of_run(out, ours.config, digest, 'cpu')
+    policy = trained_policy(out, ours.config, digest, 'cpu')
     model = opened(out / 'base')
     attach(model, out / 'allocator.safetensors')               # with the stand-ins beside it
     tokens = random_tokens(8, 60)

@@ -6,11 +6,11 @@ import torch
 
 import run.standins as standins
 import study.sample
-from allocator import AdaK
 from conftest import refusal
 from hub.checkpoint import base_digest, load
 from hub.tokenizer import Tokenizer
 from model import generate
+from run.state import trained_policy
 
 
 def test_generation_prints_the_text_speed_and_mean_k(smoke, capsys):
@@ -21,7 +21,7 @@ def test_generation_prints_the_text_speed_and_mean_k(smoke, capsys):
     study.sample.main(['--run', str(run), *flags])
     printed = capsys.readouterr().out
     digest = base_digest(run / 'base')
-    policy = AdaK.of_run(run, model.config, digest, 'cpu')
+    policy = trained_policy(run, model.config, digest, 'cpu')
     standins.use(model, standins.of_run(run, digest))
     tokens = torch.tensor([tokenizer.encode('def f(')])
     written = generate(model, tokens, 12, policy)[0]
