@@ -173,7 +173,7 @@ def moe(x, ids, weights, k, w_in, w_out):
 
     x (P,C); ids (P,k_max) int64 and weights (P,k_max) from `select`; k (P,) integer in 1..k_max, None: all;
     w_in (N,2F,C), gate rows then up rows; w_out (N,C,F)  ->  (P,C) in x's dtype, summed in fp32.
-    AssertionErrors name what breaks this contract; only moe_static does not look at the values of k and ids.
+    AssertionErrors name what breaks this contract; only moe_exact looks at the values of k and ids.
     """
     P = len(x)
     shapes = [tuple(t.shape) for t in (ids, weights, k) if t is not None]

@@ -32,8 +32,8 @@ from base.frozen import base_folder, base_model
 from hub.checkpoint import base_digest
 from hub.files import InputError, read_json, reading, write_json
 from run.compare import compare
-from run.console import (OneLineParser, Progress, check_budget, check_settings, default_device,
-                         one_line_errors, open_device, peak_gb)
+from run.console import (OneLineParser, Progress, check_budget, check_settings, one_line_errors, open_device,
+                         peak_gb)
 from run.evaluate import Probe, bits_per_byte, calibrate, effective_documents, rewards
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import told, training_figure, write_log
@@ -288,7 +288,7 @@ def run(s, out):
     lap('base')
 
     # allocators: their start, then PPO
-    dial, fitted, families = prepare(s, model, text)
+    fitted, families = prepare(s, model, text)
     allocators, price = new_allocators(s, model, text, families)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
@@ -307,10 +307,11 @@ def run(s, out):
 
     # evaluation
     if s.price is None:
+        dial = families.windows
         knob = calibrate(model, dial, lambda price: AdaK(allocators, price), target_k(s, c), 2, -2)
         allocators.price.fill_(knob)
     windows = heldout.windows(s.seq, s.heldout_tokens)
-    rows = compare(s, model, allocators, families, dial, windows)
+    rows = compare(s, model, allocators, families, windows)
     lap('evaluation')
 
     # files
@@ -373,12 +374,10 @@ def parse(argv, doc=__doc__):
         recipe['price'] = None                                 # the published recipe at a wanted budget
     s = Settings(**{**PRESETS[given['preset']], **recipe, **given})
     check_settings(s)
-    if s.ckpt and 'device' not in given:
-        s.device = default_device(s.ckpt)
+    s.device = open_device(given.get('device'), s.ckpt)
     if s.stream and s.device != 'cpu' and 'ppo_batch' not in given:
         # as many tokens as hide the transfer time of the weights
         s.ppo_batch = max(1, Streamed.tokens_per_visit // ((1 + s.group) * s.seq))
-    s.device = open_device(s.device)
     name = Path(s.ckpt).name if s.ckpt else s.preset
     s.out = s.out or f'out/{name}'
     return s

@@ -10,14 +10,15 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
 from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError, generate_tokens
 
 from hub.files import InputError, reading
-from hub.tokenizer import SURROGATES
 
+SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character, which JSON can spell and UTF-8 cannot
 KINDS = '.txt', '.jsonl', '.py'
 # not in the default text: tests; encodings, one table many times over; pydoc_data, a generated page that is
 # as long as all other files of a split
@@ -58,24 +59,19 @@ def files_of(root, is_data):
     def visit(path):
         if path.name in skipped or path.name.startswith('._'):
             left_out['copies of macOS or Jupyter'].append(path)
-        elif os.path.isdir(path):
-            real = path.resolve()
-            if real in visited:
-                return
-            visited.add(real)
+        elif os.path.isfile(path) and path.suffix.lower() in kinds:
+            ours.append(path)
+        elif os.path.isdir(path) and path.resolve() not in visited:
+            visited.add(path.resolve())
             try:
                 inside = sorted(path.iterdir())
             except OSError:
-                inside = []
                 left_out['folders that cannot be listed'].append(path)
+                return
             for each in inside:
                 visit(each)
-        elif not os.path.isfile(path):
-            left_out['names without a regular file'].append(path)
-        elif path.suffix.lower() not in kinds:
-            left_out['files of other kinds'].append(path)
         else:
-            ours.append(path)
+            left_out['files of other kinds, or links that lead nowhere or back'].append(path)
 
     visit(root)
     said = '; '.join(f'{len(paths)} {what}, such as {paths[0]}' for what, paths in left_out.items())
@@ -160,7 +156,7 @@ def split_documents(documents):
         for name, text in documents.items():
             for at in range(0, len(text), size):
                 texts[f'{name}:{at}'] = text[at:at + size]
-    ranked = sorted(texts, key=lambda name: hashlib.sha256(encoded(name)).digest())
+    ranked = sorted(texts, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     tenth = max(1, len(ranked) // 10)
     parts = ranked[2 * tenth:], ranked[:tenth], ranked[tenth:2 * tenth]
     return [[texts[name] for name in part] for part in parts]
@@ -170,10 +166,6 @@ def text_digest(documents):
     """The sha256 of names and texts."""
     together = hashlib.sha256()
     for name in sorted(documents):
-        together.update(encoded(f'{name}\0{documents[name]}\0'))
+        text = f'{name}\0{documents[name]}\0'
+        together.update(text.encode(errors='surrogateescape'))
     return together.hexdigest()
-
-
-def encoded(text):
-    """UTF-8; on Linux a file name need not be."""
-    return text.encode(errors='surrogateescape')

@@ -8,12 +8,12 @@ import torch
 from base.documents import read_documents, split_documents
 from base.pretrain import BATCH, config_of, learn_base, recipe_of
 from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
-from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
+from hub.checkpoint import find_checkpoint, load, save, weight_dtype
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from hub.tokenizer import Tokenizer
 from run.console import Progress
-from run.ranks import ranks, same_everywhere
+from run.ranks import ranks
 from scale.memory import check_memory, working_bytes
 from scale.shard import shard
 from scale.stream import stream
@@ -39,13 +39,11 @@ def base_model(s, out):
     calibration = tokenize(parts[1], tokenizer, s.seq, 'calibration')
     heldout = tokenize(parts[2], tokenizer, s.seq, 'held-out')
     if learn:
-        model = learn_base(s, config_of(s, tokenizer.n_vocab), train)
+        model = learn_base(s, config_of(s, len(tokenizer.ids)), train)
         save(model, place)
         write_json(place / 'recipe.json', recipe)
         shutil.rmtree(folder, ignore_errors=True)
         place.rename(folder)                                   # complete, it takes the name
-    same_everywhere(f'the checkpoint {folder}', base_digest(folder))
-    same_everywhere('the text of --data', recipe['text'])
     model = load_model(s, folder, learns=True)
     if s.seq > model.config.max_len:
         raise InputError(f'--seq {s.seq}: the model in {folder} reads at most {model.config.max_len} tokens')
@@ -80,10 +78,9 @@ def is_there(folder, recipe, fresh=False):
     path = folder / 'recipe.json'
     old = read_json(path) if path.exists() else {}
     files = {path.name for path in folder.iterdir()}
-    others = files - BASE_FILES
-    if (fresh and others) or not recipe.keys() <= old.keys():
-        foreign = min(others, default='no recipe.json of this program')
-        raise InputError(f'{folder} holds {foreign}: move it away, or choose another --out')
+    if (fresh and files - BASE_FILES) or not recipe.keys() <= old.keys():
+        raise InputError(f'{folder} holds files that are no base of this program: '
+                         f'move it away, or choose another --out')
     if fresh:
         return False
     for name, value in recipe.items():
@@ -91,8 +88,7 @@ def is_there(folder, recipe, fresh=False):
             raise InputError(f'{folder} was learnt with another {name}: '
                              f'choose another --out, or --fresh to learn it again')
     if BASE_FILES - files:
-        raise InputError(f'{folder} is not complete, it lacks {min(BASE_FILES - files)}: '
-                         f'--fresh learns it again')
+        raise InputError(f'{folder} is not complete: --fresh learns it again')
     print(f'base: {folder} is there, used again')
     return True
 
@@ -103,13 +99,12 @@ def learn_tokenizer(folder, texts, n_vocab):
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
     ends = np.cumsum([len(text) for text in texts])
-    enough = texts[:1 + np.searchsorted(ends, BPE_CHARACTERS, side='right')]
+    enough = texts[:1 + np.searchsorted(ends, BPE_CHARACTERS)]
     merges = learn_bpe(enough, n_vocab - 1)
     new = folder.with_name(f'{folder.name}.{os.getpid()}.new')
     new.mkdir()
     write_json(new / 'tokenizer.json', tokenizer_json(merges))
     write_json(new / 'tokenizer_config.json', {'eos_token': SEPARATOR, 'pad_token': SEPARATOR})
-    print(f'text: {sum(map(len, texts)) / 1e6:.1f}M characters to learn from, {257 + len(merges)} tokens')
     return new
 
 

@@ -27,9 +27,8 @@ def recipe_of(s, documents):
     return {'text': text_digest(documents), **settings}
 
 
-def config_of(s, n_vocab=None):
+def config_of(s, n_vocab):
     """The Config of the base model of Settings s; n_vocab: the tokens that were learnt, s.n_vocab at most."""
-    n_vocab = n_vocab or s.n_vocab
     return Config(
         **{name: getattr(s, name) for name in SIZES},
         n_vocab=n_vocab,
@@ -59,13 +58,13 @@ class Muon:
         self.groups = collections.defaultdict(list)            # {(m, n): parameters (..,m,n)}
         for p in params:
             self.groups[p.shape[-2:]].append(p)
-        self.averages = {shape: 0.0 for shape in self.groups}
+        self.averages = collections.defaultdict(lambda: torch.zeros(()))
 
     @torch.no_grad()
     def step(self, lr):
         for (m, n), params in self.groups.items():
             grads = torch.cat([p.grad.view(-1, m, n) for p in params])
-            average = grads.lerp(torch.as_tensor(self.averages[m, n]), MOMENTUM)
+            average = grads.lerp(self.averages[m, n], MOMENTUM)
             self.averages[m, n] = average
             update = orthogonalise(grads.lerp(average, MOMENTUM))
             scale = -lr * max(1, m / n) ** 0.5
@@ -129,8 +128,7 @@ def learn_base(s, config, text):
         )
         logits = model(inputs.to(s.device), policy)                         # (B,T,V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.to(s.device).flatten())
-        balance = balance_loss(router_probs, config.top_k)
-        (loss + BALANCE * balance).backward()
+        (loss + BALANCE * balance_loss(router_probs, config.top_k)).backward()
         rise = step / 10
         fall = (s.base_steps - step + 1) / (0.5 * s.base_steps)
         scale = min(rise, fall, 1)                                          # warm up, hold, linear to 0

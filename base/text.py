@@ -38,13 +38,13 @@ class Text:
             inputs[:, i] = front
         return inputs, self.tokens[place + 1].long(), self.document[place + 1]
 
-    def windows(self, T, limit=None):
+    def windows(self, T, limit=10 ** 12):
         """(inputs, targets, documents), each (n,T), of consecutive windows.
 
         limit: at most so many tokens, of windows spread over the whole split; at least one window.
         """
         n = (len(self.tokens) - 1) // T
-        wanted = n if limit is None else min(n, max(1, limit // T))
+        wanted = min(n, max(1, limit // T))
         chosen = np.linspace(0, n - 1, wanted).astype(int)
         at = torch.from_numpy(chosen)[:, None] * T + torch.arange(T)                        # (n,T)
         return self.at(at)
@@ -73,12 +73,12 @@ def tokenize(texts, tokenizer, T, name, B=0):
         progress(i, None)
     lengths = [len(part) for part in parts]
     n = sum(lengths)
-    least = max(T + 1, (B + 1) * T)
+    least = (B + 1) * T + 1
     if n < least:
         raise InputError(f'--data: the {name} split has {n} tokens, {max(1, B)} sequences of {T} need '
                          f'{least}: give more text, a shorter --seq or a smaller --ppo-batch')
     document = np.arange(len(parts), dtype=np.int32).repeat(lengths)
-    return Text(torch.from_numpy(np.concatenate(parts)), document, tuple(tokenizer.front))
+    return Text(torch.from_numpy(np.concatenate(parts)), document, tokenizer.front)
 
 
 # ================================================================ byte-pair encoding, learnt
@@ -92,26 +92,26 @@ def learn_bpe(texts, n_tokens):
     for text in texts:
         chunks.update(regex.findall(PATTERN, text))
     # a word is a string with a character for every id, so that str.replace merges a pair in it
-    words = [chunk.encode().decode('latin-1') for chunk in chunks]
-    times = list(chunks.values())
-    count = collections.Counter()                       # pair -> how often it occurs
-    where = collections.defaultdict(set)                # pair -> the words that may hold it
+    words = {chunk.encode().decode('latin-1'): n for chunk, n in chunks.items()}
+    count = collections.Counter()                       # pair of characters -> how often it occurs
 
-    def tally(i, n):
-        for pair in zip(words[i], words[i][1:]):
+    def tally(word, n):
+        for pair in zip(word, word[1:]):
             count[pair] += n
-            where[pair].add(i)
 
-    for i, n in enumerate(times):
-        tally(i, n)
+    for word, n in words.items():
+        tally(word, n)
     merges = []
     while len(merges) < n_tokens - 256 and count:
         best = max(count, key=lambda pair: (count[pair], pair))
         a, b = best
-        for i in where.pop(best):
-            tally(i, -times[i])
-            words[i] = words[i].replace(a + b, chr(256 + len(merges)))
-            tally(i, times[i])
+        pair = a + b
+        for word in [word for word in words if pair in word]:
+            n = words.pop(word)
+            tally(word, -n)
+            word = word.replace(pair, chr(256 + len(merges)))
+            tally(word, n)
+            words[word] = n
         del count[best]
         merges.append((ord(a), ord(b)))
     return merges
@@ -129,7 +129,6 @@ def tokenizer_json(merges):
     split = {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}
     level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
     return {
-        'version': '1.0',
         'added_tokens': [separator],
         'pre_tokenizer': {
             'type': 'Sequence',

@@ -11,7 +11,7 @@ import torch
 
 from hub.config import read_config, to_hf
 from hub.files import InputError, read_json, reading, write_json
-from hub.safetensors import read_header, read_into, read_safetensors, write_safetensors
+from hub.safetensors import read_header, read_into, write_safetensors
 from model import Transformer
 
 HEAD = 'lm_head.weight'
@@ -59,35 +59,26 @@ def cached(hub_id):
 
 
 def weight_files(folder):
-    """The names of the weight files: those in the index, or one model.safetensors."""
-    folder = Path(folder)
+    """The weight files of a folder: those in the index, or one model.safetensors."""
     index = folder / 'model.safetensors.index.json'
-    if index.exists():
-        with reading(index):
-            files = sorted(set(read_json(index)['weight_map'].values()))
-        for file in files:
-            if Path(file).name != file or not file.endswith('.safetensors'):
-                raise InputError(f'{index}: {file!r:.100} is no .safetensors file of this folder')
-        return files
-    if (folder / 'model.safetensors').exists():
-        return ['model.safetensors']
-    raise InputError(f'{folder}: no model.safetensors and no model.safetensors.index.json (a pickle such as '
-                     f'pytorch_model.bin is never read: convert it)')
+    if not index.exists():
+        return [folder / 'model.safetensors']
+    with reading(index):
+        names = sorted(set(read_json(index)['weight_map'].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError('a file outside of this folder')
+    return [folder / name for name in names]
 
 
 def weight_dtype(folder):
-    """The dtype of a checkpoint: that of its largest tensor; fp32 for wider ones.
+    """The dtype of a checkpoint: that of the largest tensor of its first file; fp32 for wider ones.
 
     What config.json says is often missing or wrong. Without weights: bfloat16, as all families are published.
     """
-    folder = Path(folder)
     if not any(folder.glob('*.safetensors')):
         return torch.bfloat16
-    tensors = []
-    for file in weight_files(folder):
-        layout, _ = read_header(folder / file)
-        tensors += layout.values()
-    largest, *_ = max(tensors, key=lambda t: t[3] - t[2], default=[None])
+    layout, _ = read_header(weight_files(folder)[0])
+    largest, *_ = max(layout.values(), key=lambda t: t[3] - t[2], default=[None])
     return largest if largest in (torch.bfloat16, torch.float16) else torch.float32
 
 
@@ -104,21 +95,22 @@ def weights_digest(tensors):
 
 
 def base_digest(folder):
-    """`weights_digest` of the files of a checkpoint, of which little more than these weights is read."""
-    folder = Path(folder)
-    config = read_config(folder)
-    found = {}
-    for file in weight_files(folder):
-        tensors, _ = read_safetensors(folder / file)
-        found.update(tensors)
-    wanted = []
-    with reading(folder):
-        for layer in config.moe_layers:
-            block = hub_name(f'layers.{layer}.mlp.', config)
-            down = [expert_names(block, n, config)[2] for n in range(config.n_experts)]
-            wanted.append(found[f'{block}gate.weight'])
-            wanted.append(torch.stack([found[name][0] for name in down]))              # (N,F)
-        return weights_digest(wanted)
+    """`weights_digest` of the files of a checkpoint, of which only these weights are read."""
+    c = read_config(folder)
+    weights = []
+    views = {}
+    for layer in c.moe_layers:
+        router = torch.zeros(c.n_experts, c.dim)
+        rows = torch.zeros(c.n_experts, c.expert_dim)
+        weights += [router, rows]
+        block = hub_name(f'layers.{layer}.mlp.', c)
+        views[f'{block}gate.weight'] = router
+        for n, row in enumerate(rows):
+            views[expert_names(block, n, c)[2]] = row
+    for path in weight_files(folder):
+        layout, _ = read_header(path)
+        read_into(path, layout, views)
+    return weights_digest(weights)
 
 
 # ================================================================ the hub's names for our weights
@@ -170,34 +162,29 @@ def first_row(n, mesh):
     return min(mesh.get_local_rank() * -(-n // mesh.size()), n)
 
 
-def check_tensors(layouts, views):
-    """InputError unless the files {path: layout} hold the tensors {name: view}, each once and as expected."""
-    left = dict(views)
-    for path, layout in layouts.items():
-        for name, (dtype, shape, _, _) in layout.items():
-            # old files carry the table of rope_table, some a head that is tied to the embedding
-            if name not in views and name.endswith((HEAD, 'rotary_emb.inv_freq')):
-                continue
-            wanted = list(left.pop(name).shape) if name in left else 'none'
-            if shape != wanted or not dtype.is_floating_point:
-                raise InputError(f'{path}: {name!r:.100} has shape {shape} and {dtype}; config.json says '
-                                 f'{wanted}, and quantised weights are not supported')
-    if left:
-        raise InputError(f'{path.parent}: tensor {min(left)} is missing from the weight files')
-
-
 # ================================================================ load and save
 
 def open_checkpoint(folder, dtype, kind):
     """(model of class `kind` on the meta device, {path: layout}) of a folder whose weights are all there.
 
-    InputError names what is wrong; nothing but headers has been read.
+    Each tensor is in one file, with the shape that config.json promises: InputError names what is wrong.
+    Nothing but headers has been read.
     """
     config = read_config(folder)
-    layouts = {folder / file: read_header(folder / file)[0] for file in weight_files(folder)}
+    layouts = {path: read_header(path)[0] for path in weight_files(folder)}
     with torch.device('meta'):
         model = kind(config).to(dtype).requires_grad_(False)
-    check_tensors(layouts, hub_tensors(model))
+    left = hub_tensors(model)
+    for path, layout in layouts.items():
+        for name, (found, shape, _, _) in layout.items():
+            if name == HEAD and config.tie:                    # it is the embedding
+                continue
+            wanted = list(left.pop(name).shape) if name in left else 'none'
+            if shape != wanted or not found.is_floating_point:
+                raise InputError(f'{path}: {name!r:.100} has shape {shape} and {found}; config.json says '
+                                 f'{wanted}, and quantised weights are not supported')
+    if left:
+        raise InputError(f'{folder}: tensor {min(left)} is missing from the weight files')
     return model, layouts
 
 
@@ -207,7 +194,7 @@ def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total:
     `progress(files so far, of all)` is called after each file. InputError names the file or tensor that is
     wrong.
     """
-    model, layouts = open_checkpoint(Path(folder), dtype, Transformer)
+    model, layouts = open_checkpoint(folder, dtype, Transformer)
     model = model.to_empty(device=device)
     model.tie()
     views = hub_tensors(model)
@@ -219,9 +206,7 @@ def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total:
 
 def save(model, folder):
     """Write config.json and model.safetensors in the model's dtype: transformers opens the folder."""
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / 'model.safetensors', hub_tensors(model))
-    dtype = str(model.dtype).removeprefix('torch.')
     # last: a folder with a config is complete
-    write_json(folder / 'config.json', {**to_hf(model.config), 'torch_dtype': dtype})
+    write_json(folder / 'config.json', to_hf(model.config))

@@ -3,7 +3,7 @@
 What a Config cannot express (quantised weights, scaled positions, ..) is refused by name; what changes
 nothing is accepted. Spellings of transformers 4 and 5 are both read.
 """
-from pathlib import Path
+from functools import partial
 
 from hub.files import InputError, read_json
 from model import Config
@@ -37,119 +37,99 @@ SUPPORTED = {
     'quantization_config': (None, {}),
     'hidden_act': (None, 'silu', 'swish'),
     'clip_qkv': (None,),
-    'attention_bias': (None, False),
-    'mlp_bias': (None, False),
     'routed_scaling_factor': (None, 1),
     'scoring_func': (None, 'softmax'),
+    'partial_rotary_factor': (None, 1),
     'rope_type': (None, 'default'),
     'type': (None, 'default'),              # the same in older files
-    'partial_rotary_factor': (None, 1),
 }
 # larger numbers come from a damaged file: each layer and each expert becomes a Python object
 LARGEST = {int: 2 ** 20, float: 1e15}
 MOST_EXPERTS = 100_000      # of all layers
 
-# the published models by their short names, for what needs no more than their sizes
+# the sizes of the published models by their short names; what changes no size is left at its default
 PUBLISHED = {
     # the first fields of Config: family, V, C, layers, H, key and value heads, D, N, K, F
-    'mixtral-8x7b': Config(
-        'mixtral', 32000, 4096, 32, 32, 8, 128, 8, 2, 14336,
-        rope_theta=1e6, max_len=32768,
-    ),
-    'mixtral-8x22b': Config(
-        'mixtral', 32000, 6144, 56, 48, 8, 128, 8, 2, 16384,
-        rope_theta=1e6, max_len=65536,
-    ),
+    'mixtral-8x7b': Config('mixtral', 32000, 4096, 32, 32, 8, 128, 8, 2, 14336),
+    'mixtral-8x22b': Config('mixtral', 32000, 6144, 56, 48, 8, 128, 8, 2, 16384),
     'qwen1.5-moe': Config(
         'qwen2_moe', 151936, 2048, 24, 16, 16, 128, 60, 4, 1408,
-        norm_topk=False, shared_dim=5632, shared_gate=True, qkv_bias=True,
-        rope_theta=1e6, norm_eps=1e-6, max_len=8192,
+        shared_dim=5632, shared_gate=True, qkv_bias=True,
     ),
     'deepseek-moe-16b': Config(
         'deepseek', 102400, 2048, 28, 16, 16, 128, 64, 6, 1408,
-        norm_topk=False, shared_dim=2816, dense_layers=(0,), dense_dim=10944,
-        norm_eps=1e-6, max_len=4096,
+        shared_dim=2816, dense_layers=(0,), dense_dim=10944,
     ),
     'olmoe-1b-7b': Config(
         'olmoe', 50304, 2048, 16, 16, 16, 128, 64, 8, 1024,
-        norm_topk=False, qk_norm='all', max_len=4096,
+        qk_norm='all',
     ),
     'qwen3-30b-a3b': Config(
         'qwen3_moe', 151936, 2048, 48, 32, 4, 128, 128, 8, 768,
-        qk_norm='head', rope_theta=1e6, norm_eps=1e-6, max_len=40960,
+        qk_norm='head',
     ),
 }
 
 
-class Fields:
-    """The values of a config.json, each of the right type, or one line that names it."""
+def field(hf, name, default=None):
+    """A value of a config.json, of the default's type; a number is above 0 or the default itself.
 
-    def __init__(self, values, where):
-        self.values = values
-        self.where = where
-
-    def get(self, name, default=None):
-        """A value of the default's type; a number is above 0 or the default itself.
-
-        Missing or null: the default. Without one it must be there, a whole number.
-        """
-        value = self.values.get(name)
-        if value is None:
-            value = default
-        kind = int if default is None else type(default)
-        right = type(value) is kind or kind is float and type(value) is int
-        if right and kind in LARGEST:
-            right = 0 < value <= LARGEST[kind] or value == default
-        if not right:
-            self.refuse(f'{name} is {value!r:.60}: missing, of another type, or out of range')
-        return kind(value)
-
-    def refuse(self, why):
-        raise InputError(f'{self.where}: {why}')
+    Missing or null: the default. Without one it must be there, a whole number. InputError names the field.
+    """
+    value = hf.get(name)
+    if value is None:
+        value = default
+    kind = int if default is None else type(default)
+    right = type(value) is kind or kind is float and type(value) is int
+    if right and kind in LARGEST:
+        right = 0 < value <= LARGEST[kind] or value == default
+    if not right:
+        raise InputError(f'config.json: {name} is {value!r:.60}: missing, of another type, or out of range')
+    return kind(value)
 
 
-def from_hf(hf, where='config.json'):
+def from_hf(hf):
     """The Config of a hub config.json (a dict). InputError names what is missing or not supported.
 
     Without bos and eos, which are the tokenizer's.
     """
-    f = Fields(hf, where)
     # transformers 4 and 5 keep what belongs to the rotary angles in an object of its own
-    f.values = {**hf, **f.get('rope_parameters', {}), **f.get('rope_scaling', {})}
+    hf = {**hf, **field(hf, 'rope_parameters', {}), **field(hf, 'rope_scaling', {})}
+    get = partial(field, hf)
     for name, known in SUPPORTED.items():
-        value = f.values.get(name)
+        value = hf.get(name)
         if value not in known:
-            f.refuse(f'{name} {value!r:.60} is not supported, only {known}')
+            raise InputError(f'config.json: {name} {value!r:.60} is not supported, only {known}')
 
     family = hf['model_type']
     theta, eps = DEFAULTS[family]
-    heads = f.get('num_attention_heads')
+    heads = get('num_attention_heads')
     defaults = {
         'num_key_value_heads': heads,
-        'head_dim': f.get('hidden_size') // heads,
+        'head_dim': get('hidden_size') // heads,
         'tie_word_embeddings': False,
         'rope_theta': theta,
         'rms_norm_eps': eps,
     }
-    fields = {ours: f.get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()}
+    fields = {ours: get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()}
     c = Config(model_type=family, **fields)
 
-    c.n_experts = f.get(next(filter(hf.get, EXPERTS), 'num_experts'))
+    c.n_experts = get(next(filter(hf.get, EXPERTS), 'num_experts'))
     one_width = family in ('mixtral', 'olmoe')                  # else dense layers have another
-    c.expert_dim = f.get('intermediate_size' if one_width else 'moe_intermediate_size')
-    c.norm_topk = family == 'mixtral' or f.get('norm_topk_prob', False)
+    c.expert_dim = get('intermediate_size' if one_width else 'moe_intermediate_size')
+    c.norm_topk = family == 'mixtral' or get('norm_topk_prob', False)
     c.qk_norm = {'olmoe': 'all', 'qwen3_moe': 'head'}.get(family, '')
     if family == 'deepseek':
-        c.shared_dim = f.get('n_shared_experts', 0) * c.expert_dim
+        c.shared_dim = get('n_shared_experts', 0) * c.expert_dim
     if family == 'qwen2_moe':
-        c.shared_dim = f.get('shared_expert_intermediate_size', 0)
+        c.shared_dim = get('shared_expert_intermediate_size', 0)
         c.shared_gate = c.shared_dim > 0
-        c.qkv_bias = f.get('qkv_bias', True)
-    c.dense_layers = dense_layers(f, c.n_layers)
+        c.qkv_bias = get('qkv_bias', True)
+    c.dense_layers = dense_layers(hf, c.n_layers)
     if c.dense_layers:
-        c.dense_dim = f.get('intermediate_size')
-    window = f.get('sliding_window', 0)
-    if window and f.get('use_sliding_window', family == 'mixtral'):
+        c.dense_dim = get('intermediate_size')
+    window = get('sliding_window', 0)
+    if window and get('use_sliding_window', family == 'mixtral'):
         c.max_len = min(c.max_len, window)                      # up to there a window changes nothing
 
     fits = (
@@ -160,19 +140,18 @@ def from_hf(hf, where='config.json'):
         and len(c.dense_layers) < c.n_layers
     )
     if not fits:
-        f.refuse(f'these numbers do not go together: {c}')
+        raise InputError(f'config.json: these numbers do not go together: {c}')
     return c
 
 
-def dense_layers(f, n_layers):
-    """The layers that have a plain MLP and no router: a family knows two of these four fields, or none."""
-    plain = token_ids(f.values, 'mlp_only_layers', f.where)
-    qwen_step = f.get('decoder_sparse_step', 1)
-    deepseek_first = f.get('first_k_dense_replace', 0)
-    deepseek_step = f.get('moe_layer_freq', 1)
+def dense_layers(hf, n_layers):
+    """The layers that have a plain MLP and no router, as the fields of Qwen's and DeepSeek's files say."""
+    plain = token_ids(hf, 'mlp_only_layers', 'config.json')
+    qwen_step = field(hf, 'decoder_sparse_step', 1)
+    deepseek_first = field(hf, 'first_k_dense_replace', 0)
     return tuple(
         i for i in range(n_layers)
-        if i in plain or (i + 1) % qwen_step or i < deepseek_first or i % deepseek_step
+        if i in plain or (i + 1) % qwen_step or i < deepseek_first
     )
 
 
@@ -198,14 +177,11 @@ def to_hf(config):
         **{theirs: getattr(c, ours) for theirs, ours in FIELDS.items()},
         'num_local_experts': c.n_experts,
         'intermediate_size': c.expert_dim,
-        'hidden_act': 'silu',
-        'sliding_window': None,
-        'bos_token_id': c.bos,
+        'bos_token_id': None,
         'eos_token_id': c.eos,
     }
 
 
 def read_config(folder):
-    """The Config of a checkpoint folder; InputError names the file."""
-    path = Path(folder) / 'config.json'
-    return from_hf(read_json(path), path)
+    """The Config of a checkpoint folder."""
+    return from_hf(read_json(folder / 'config.json'))

@@ -20,13 +20,6 @@ from hub.config import from_hf
 from hub.files import InputError
 from moe_dispatch import Weighting, select, used
 
-ROUTERS = {
-    'mixtral': 'MixtralTopKRouter',
-    'qwen2_moe': 'Qwen2MoeTopKRouter',
-    'qwen3_moe': 'Qwen3MoeTopKRouter',
-    'olmoe': 'OlmoeTopKRouter',
-}
-
 
 # ================================================================ in and out
 
@@ -36,7 +29,7 @@ def attach(model, policy, fitted=None):
     policy: also the path of an allocator file; the stand-ins of that run, beside it, are then used too.
     fitted: those to use with a policy (run/standins.py:fit). model: of AutoModelForCausalLM or AutoModel,
     wherever its layers lie, also in the wrapper of PEFT or of torch.compile. InputError, and an untouched
-    model, for a family or version that is not known, a router that was changed before, quantised experts, or
+    model, for a family or version that is not known, a router that has hooks of others, quantised experts, or
     allocators of another base.
     """
     model, decoder = unwrap(model)
@@ -45,13 +38,10 @@ def attach(model, policy, fitted=None):
         base = weights_digest(digest_weights(blocks))
         fitted = standins.of_run(Path(policy).parent, base)
         policy = AdaK(Allocators.load(policy, config, base))
-    if policy.k_max > config.n_experts:
-        raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
     undo = tally.undo.callback
     eager = torch.compiler.disable                             # a compiled hook would not count
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
-    undo(decoder.register_forward_hook(eager(tally.end), always_call=True).remove)
     for layer, block in enumerate(blocks):
         how = Weighting.of(config)
         stand_in = None
@@ -121,7 +111,7 @@ def weight_of(module, name):
 
 class Pass(threading.local):
     """A pass through the model, of which each thread may have one."""
-    real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: no pass
+    real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: no pass yet
     standing_in = None              # what the block that runs must still add, (P,C)
     ended = None                    # which rows of its generate have ended, (B,) bool; None: none
 
@@ -164,13 +154,10 @@ class Tally(Counted):
         self.here.ended = None                                 # until generate looks again
         self.here.real = real.flatten().long()
 
-    def end(self, decoder, args, outputs):
-        self.here.real = None
-
     def count(self, layer, x, probs, k):
         """Adds on the device of k (P,): no GPU waits for the host."""
         real = self.here.real
-        if real is not None:                                   # else a layer by itself, or again for backward
+        if real is not None:                                   # else a layer by itself, or backward's thread
             with self.lock:
                 counts = self.by_layer[layer].to(k.device)
                 self.by_layer[layer] = counts.scatter_add(0, k, real.to(k.device))
@@ -235,14 +222,11 @@ def router_hook(layer, policy, how, stand_in, config, tally):
         probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
         k = policy(layer, x, probs)                                         # (P,)
         tally.count(layer, x, probs, k)
-        width = policy.k_max
-        if k.device.type == 'cpu':                                          # a GPU would have to wait for it
-            width = int(k.max())
-        ids, chosen, left = select(probs, k, width, how)                    # at least K wide
+        ids, chosen, left = select(probs, k, policy.k_max, how)             # (P,width)
         if stand_in:
             tally.here.standing_in = stand_in(x, ids, left)                 # (P,C)
-        ids = torch.where(used(k, width), ids[:, :width], config.n_experts)             # (P,width)
-        return logits, chosen[:, :width].to(weights.dtype), ids
+        ids = torch.where(used(k, ids.shape[1]), ids, config.n_experts)
+        return logits, chosen.to(weights.dtype), ids
     return hook
 
 
@@ -253,21 +237,19 @@ def add_standins(here):
 
 def check_blocks(decoder):
     """([the MoE blocks in order], Config) of a model; InputError unless transformers 5.23 built them so."""
-    config = from_hf(decoder.config.to_dict(), 'attach: the config of the model')
+    config = from_hf(decoder.config.to_dict())
     blocks = [decoder.layers[i].mlp for i in config.moe_layers]
     for block in blocks:
         router, experts = block.gate, block.experts
-        forward = 'forward' in vars(router) and not hasattr(router, '_hf_hook')     # accelerate's is fine
         hooks = {hook.__module__ for hook in router._forward_hooks.values()}
         known = (
-            type(router).__name__ == ROUTERS.get(config.model_type)
-            and not forward
+            type(router).__name__.endswith('TopKRouter')
             and hooks <= {'transformers.utils.output_capturing'}            # of output_hidden_states, ..
             and '_is_expert_parallel' in vars(experts)
-            and experts.gate_up_proj.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and experts.gate_up_proj.dtype.itemsize > 1                     # not quantised
             and decoder.config._experts_implementation in ('eager', 'grouped_mm', 'batched_mm')
         )
         if not known:
             raise InputError(f'attach: {type(router).__name__} and {type(experts).__name__} are of another '
-                             f'version of transformers than 5.23, quantised, or changed before (then detach)')
+                             f'version of transformers than 5.23, quantised, or hooked before (then detach)')
     return blocks, config

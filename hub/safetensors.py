@@ -14,9 +14,6 @@ import torch
 from hub.files import InputError, reading, write_whole
 
 DTYPES = {
-    'BOOL': torch.bool,
-    'U8': torch.uint8,
-    'I32': torch.int32,
     'I64': torch.int64,
     'F16': torch.float16,
     'BF16': torch.bfloat16,
@@ -24,8 +21,8 @@ DTYPES = {
     'F64': torch.float64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000        # bytes, as in the reference implementation
 READERS = 4                         # threads that read a file: one does not reach what a disk can give
+LONGEST_HEADER = 100_000_000        # bytes, as in the reference implementation
 
 
 def write_safetensors(path, tensors, metadata={}):
@@ -52,7 +49,7 @@ def write_safetensors(path, tensors, metadata={}):
 
 def raw_bytes(t):
     """The memory of a contiguous CPU tensor as bytes that can be read and written."""
-    return memoryview(t.reshape(-1).view(torch.uint8).numpy())
+    return t.reshape(-1).view(torch.uint8).numpy()
 
 
 def read_header(path):
@@ -92,37 +89,34 @@ def unique_keys(pairs):
 
 
 def read_safetensors(path):
-    """({name: tensor}, metadata) over a private map of the file: pages are read when first used."""
+    """({name: tensor}, metadata) of a whole file."""
     layout, metadata = read_header(path)
-    data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
-    tensors = {}
-    for name, (dtype, shape, begin, stop) in layout.items():
-        part = data[begin:stop]
-        if begin % dtype.itemsize:                             # a writer need not align; view() must
-            part = part.clone()
-        tensors[name] = part.view(dtype).reshape(shape)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _, _) in layout.items()}
+    read_into(path, layout, tensors)
     return tensors, metadata
 
 
 def read_into(path, layout, views):
     """Read the tensors of a file that {name: view} names, straight into place where dtype and device allow.
 
-    layout: of `read_header`. InputError if the file ends early.
+    layout: of `read_header`. Of a smaller view: what stands first in the tensor. InputError if the file ends
+    early.
     """
     def read(name):
-        dtype, shape, begin, stop = layout[name]
+        dtype, _, begin, _ = layout[name]
         view = views[name]
         t = view
         if view.dtype != dtype or view.device.type != 'cpu':
-            t = torch.empty(shape, dtype=dtype)
+            t = torch.empty(view.shape, dtype=dtype)
         place = raw_bytes(t)
-        while begin < stop:                                    # the system reads at most 2 GB at once
-            n = os.preadv(f.fileno(), [place[begin - stop:]], begin)
+        done = 0
+        while done < len(place):                               # the system reads at most 2 GB at once
+            n = os.preadv(f.fileno(), [place[done:]], begin + done)
             if n == 0:
                 raise InputError(f'{path}: {name} ends early; fetch the file again')
-            begin += n
+            done += n
         if t is not view:
             view.copy_(t)
 
     with open(path, 'rb') as f, ThreadPoolExecutor(READERS) as readers:
-        list(readers.map(read, [name for name in layout if name in views]))
+        list(readers.map(read, layout.keys() & views.keys()))

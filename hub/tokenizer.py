@@ -20,7 +20,6 @@ import tiktoken
 from hub.config import token_ids
 from hub.files import InputError, read_json, reading
 
-SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character, which JSON can spell and UTF-8 cannot
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # The steps of the six families, spelled as in their files with the options in the order of the alphabet.
@@ -37,15 +36,12 @@ PRE_TOKENIZERS = {              # the pattern whose matches become pieces, as wh
     '{"add_prefix_space": false, "type": "ByteLevel"}': GPT2_PATTERN,
     '{"add_prefix_space": false, "type": "ByteLevel", "use_regex": true}': GPT2_PATTERN,
     '{"add_prefix_space": false, "type": "ByteLevel", "use_regex": false}': '',
-    '{"prepend_scheme": "always", "replacement": "▁", "split": false, "type": "Metaspace"}': '',
-    '{"prepend_scheme": "first", "replacement": "▁", "split": false, "type": "Metaspace"}': '',
 }
 SPLIT = re.compile(
     r'\{"behavior": "Isolated", "invert": false, "pattern": \{"Regex": ".*"\}, "type": "Split"\}')
-ORDER = '((Split|Digits) )*ByteLevel|(Metaspace)?'
+ORDER = '(((Split|Digits) )*ByteLevel)?'
 # of a model what changes no id: all bytes have tokens, nothing is unknown
 NO_OPTIONS = 'type', 'vocab', 'merges', 'unk_token', 'fuse_unk'
-DECODERS = {'ByteLevel', 'ByteFallback', 'Fuse', 'Metaspace', 'Replace', 'Strip'}
 
 # The patterns of tokenizer.json are written for Oniguruma. What is in here means the same to `regex`, with
 # MULTILINE: no classes within classes, no &&, \w, \h, no groups that have a number or options but i.
@@ -59,32 +55,26 @@ SAME_PATTERN = regex.compile(r'''(?x) (?:
 class Tokenizer:
     """Text to token ids and back, by the tokenizer.json in a checkpoint folder.
 
-    front: the ids that stand before every text, and behind: those after a prompt; eos: the id behind a
-    document, or None; stops: all ids that end a generated text; ids {piece: id}; bytes_of_id {id: bytes};
-    n_vocab, one more than the largest id. InputError names the file and what in it is damaged or unknown.
+    front: the ids that stand before every text; eos: the id behind a document, or None; stops: all ids that
+    end a generated text; marks: all of these, no part of a text; ids {piece: id}; bytes_of_id {id: bytes}.
+    InputError names the file and what in it is damaged or unknown.
     """
 
     def __init__(self, folder):
         path = Path(folder) / 'tokenizer.json'
         hf = read_json(path)
         self.library = None
-        self.front, self.behind = [], []
+        self.front = []
         with reading(path):
             try:
                 self.read_steps(hf)
             except Exception as what:
                 self.hand_over(path, what)
-            decoders = {step['type'] for step in steps_of(hf.get('decoder'))}
-            if decoders - DECODERS:
-                raise ValueError(f'the decoder {decoders - DECODERS} is not supported')
-            byte_level = 'ByteLevel' in str(decoders or hf.get('pre_tokenizer'))
-            self.bytes_of_id = {i: spelt(piece, byte_level) for piece, i in self.ids.items()}
+            self.byte_level = 'ByteLevel' in str(hf.get('decoder') or hf.get('pre_tokenizer'))
+            self.bytes_of_id = {i: spelt(piece, self.byte_level) for piece, i in self.ids.items()}
             for token in hf.get('added_tokens', []):
                 content = token['content']
                 self.bytes_of_id[self.ids[content]] = content.encode()
-            self.n_vocab = max(self.bytes_of_id) + 1
-        self.drops_space = False
-        self.drops_space = not byte_level and self.decode(self.encode('a')).startswith(' ')
         self.read_ends(Path(folder))
 
     def hand_over(self, path, what):
@@ -98,9 +88,7 @@ class Tokenizer:
         self.library.no_padding()
         self.ids = self.library.get_vocab()
         found = self.library.encode('a.')
-        at = found.sequence_ids.index(0)
-        self.front = found.ids[:at]
-        self.behind = found.ids[at + found.sequence_ids.count(0):]
+        self.front = found.ids[:found.sequence_ids.index(0)]
 
     def read_steps(self, hf):
         """Set what turns text into ids.
@@ -113,7 +101,6 @@ class Tokenizer:
         ]
         steps = steps_of(hf.get('pre_tokenizer'))
         kinds = ' '.join(step['type'] for step in steps)
-        self.scheme = steps[0].get('prepend_scheme') if steps else None
         self.splits = []
         for step in steps:
             pattern = modelled(step, PRE_TOKENIZERS)
@@ -140,11 +127,9 @@ class Tokenizer:
         for step in steps_of(hf.get('post_processor')):
             if step['type'] == 'ByteLevel':             # it moves offsets only
                 continue
-            names = [part['SpecialToken']['id'] for part in step['single'][:-1]]
-            front = [self.ids[name] for name in names]
-            if [step['special_tokens'][name]['ids'] for name in names] != [[i] for i in front]:
-                raise ValueError(f'the post_processor {step}')
-            self.front = front + self.front
+            for part in step['single'][:-1]:
+                name = part['SpecialToken']['id']
+                self.front += [self.ids[token] for token in step['special_tokens'][name]['tokens']]
 
     def read_added(self, tokens):
         """The added tokens, numbered as by the library, whatever their `id` says."""
@@ -186,10 +171,11 @@ class Tokenizer:
         with reading(path):
             bos = self.named(ours.get('bos_token'))
             eos = self.named(ours.get('eos_token'))
-        if ours.get('add_bos_token') is True and not self.front:
+        if ours.get('add_bos_token') and not self.front:
             self.front = bos
         [self.eos] = (eos or stops or [None])[:1]
         self.stops = set(stops or eos)
+        self.marks = {*self.front, *self.stops, self.eos} - {None}
 
     def named(self, token):
         """The id, in a list, of a token of tokenizer_config.json, a string or an object; none of None."""
@@ -200,14 +186,13 @@ class Tokenizer:
 
     def encode(self, text, special=False):
         """The ids of a text alone. `special` obeys special tokens in it, else they are plain text."""
-        text = SURROGATES.sub('\ufffd', text)
         if self.library:
             self.library.encode_special_tokens = not special
             return self.library.encode(text, add_special_tokens=False).ids
         ids = []
         for part, token in self.cut(text, self.raw, special):
             for inner, inner_token in self.cut(self.normalise(part), self.normal, special):
-                ids += self.plain(inner, not ids) + inner_token
+                ids += self.plain(inner) + inner_token
             ids += token
         return ids
 
@@ -226,12 +211,8 @@ class Tokenizer:
             text = step(text)
         return text
 
-    def plain(self, text, at_start):
-        """The ids of a part of a text without added tokens; at_start: the text begins with it."""
-        if self.scheme:
-            text = text.replace(' ', '▁')
-            if text[:1] not in '▁' and (at_start or self.scheme == 'always'):
-                text = '▁' + text
+    def plain(self, text):
+        """The ids of a part of a text without added tokens."""
         pieces = [text]
         for split in self.splits:
             pieces = [part for piece in pieces for part in split(piece) if part]
@@ -244,37 +225,28 @@ class Tokenizer:
         return ids
 
     def prompt(self, text):
-        """The ids of a text to go on from, as transformers' tokenizers give them: special tokens obeyed."""
-        return self.front + self.encode(text, special=True) + self.behind
+        """The ids of a text to go on from: special tokens in it are obeyed, and none is put behind it."""
+        return self.front + self.encode(text, special=True)
 
     def document(self, text):
         """The ids of a document to learn from: all of it plain text, eos behind it where there is one."""
         return self.front + self.encode(text) + ([] if self.eos is None else [self.eos])
 
-    @property
-    def marks(self):
-        """The ids that mark where texts begin and end: no part of the text."""
-        return {*self.front, *self.stops, self.eos} - {None}
-
     # ------------------------------------------------------------ ids to text
 
     def decode(self, ids):
-        """The text of token ids; unknown ids give nothing, bytes that are no UTF-8 give U+FFFD."""
-        return ''.join(self.stream(ids))
+        """The text of token ids; unknown ids give nothing, bytes that are no UTF-8 give U+FFFD.
 
-    def stream(self, ids, first=True):
-        """The text of an iterable of ids as it comes; a character appears when its last byte is there.
-
-        `first`: the ids begin a text, so that a space that the tokenizer put in front of it is dropped.
+        Without the space that SentencePiece puts in front of a text.
         """
+        text = ''.join(self.stream(ids))
+        return text if self.byte_level else text.removeprefix(' ')
+
+    def stream(self, ids):
+        """The text of an iterable of ids as it comes; a character appears when its last byte is there."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        first = first and self.drops_space
-        for i in map(int, ids):
-            text = decoder.decode(self.bytes_of_id.get(i, b''))
-            if first and text and i not in self.front:
-                text = text.removeprefix(' ')
-                first = False
-            yield text
+        for i in ids:
+            yield decoder.decode(self.bytes_of_id.get(i, b''))
         yield decoder.decode(b'', final=True)
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from hub.files import InputError
 from run.ranks import join, leave, ranks
@@ -35,17 +34,17 @@ def model_flags(p):
 
 def open_model_flags(a):
     """Open the device that they name, a.device, and meet the other ranks."""
-    a.device = open_device(a.device or default_device(a.ckpt))
+    a.device = open_device(a.device, a.ckpt)
     join(a.device)
 
 
-def default_device(ckpt):
-    """Where real weights go. Small models are as fast on a CPU, and the same everywhere."""
-    return 'cuda' if ckpt and torch.cuda.is_available() else 'cpu'
+def open_device(name, ckpt):
+    """The device of this process, under torchrun its own GPU; InputError unless torch can compute there.
 
-
-def open_device(name):
-    """The device of this process, under torchrun its own GPU; InputError unless torch can compute there."""
+    None: where real weights go. Small models are as fast on a CPU, and the same everywhere.
+    """
+    if name is None:
+        name = 'cuda' if ckpt and torch.cuda.is_available() else 'cpu'
     if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
@@ -61,17 +60,14 @@ def open_out(name, *files):
     """The folder of --out as a Path, made if need be and marked as this program's.
 
     files: names that the program will write. InputError if one of them is there without the mark, so that
-    nothing of the user's is overwritten, or if the folder cannot be written.
+    nothing of the user's is overwritten; OSError if the folder cannot be written.
     """
     out = Path(name)
     for file in files:
         if (out / file).exists() and not (out / MARK).exists():
             raise InputError(f'{out / file} was not written by this program: choose another --out')
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MARK).touch()
-    except OSError as e:
-        raise InputError(f'--out {out}: cannot write there ({e.strerror})') from None
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
     return out
 
 
@@ -90,9 +86,9 @@ def check_settings(s):
         '--price: must be nats, 0 or more': s.price is None or 0 <= s.price < float('inf'),
         '--rank: must be 1 or more': s.rank is None or s.rank > 0,
         '--beyond: must be 0 or more': s.beyond >= 0,
-        '--save-every, --seq, --ppo-steps, --ppo-batch: must be 1 or more': min(counts) > 0,
         '--fresh learns a base: not with --ckpt or --resume': not (s.fresh and (s.ckpt or s.resume)),
         '--stream needs --ckpt: a base that is learnt here is in memory': s.ckpt or not s.stream,
+        '--save-every, --seq, --ppo-steps, --ppo-batch: must be 1 or more': min(counts) > 0,
     }
     for line, good in checks.items():
         if not good:
@@ -111,8 +107,9 @@ def check_budget(s, top_k):
 class Progress:
     """Step, numbers, tokens per second and time left, on stderr.
 
-    On a terminal one line that is updated, elsewhere a line every ten seconds. `done`: steps of an earlier
-    process.
+    On a terminal one line that is updated, elsewhere a line every ten seconds.
+
+    done: steps of an earlier process.
     """
 
     def __init__(self, stage, steps, done=0):
@@ -129,7 +126,7 @@ class Progress:
             return
         terminal = sys.stderr.isatty()
         self.next = now + (0.2 if terminal else 10)
-        seconds = max(now - self.start, 1e-9) / (step - self.done)         # of a step
+        seconds = (now - self.start) / (step - self.done)      # of a step
         left = seconds * (self.steps - step)
         line = f'{self.stage} {step}/{self.steps}'
         for name, value in numbers.items():
@@ -155,23 +152,20 @@ def one_line_errors(script, main, argv=None):
     try:
         main(argv)
         return leave()
-    except InputError as e:
+    except (InputError, OSError) as e:
         line = str(e)
     except KeyboardInterrupt:
         line = 'interrupted; files that were complete before still are'
         status = 130
-    except OSError as e:
-        line = f'{e}; files that were complete before still are'
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
             line = 'memory ran out: --stream, a smaller --ppo-batch or --seq need less'
-        elif dist.is_initialized() and re.search('(?i)connection|nccl|timed out', str(e)):
+        elif 'WORLD_SIZE' in os.environ and re.search('(?i)connection|nccl|timed out', str(e)):
             line = 'another rank is gone; train.py --resume goes on from the last saved state'
         else:
             raise
     rank, size = ranks()
     if rank:
-        time.sleep(3)                                   # most errors are every rank's: rank 0 says them first
         line = f'rank {rank}: {line}'
     print(f'{script}: {line}', file=sys.stderr, flush=True)
     if size > 1:

@@ -6,6 +6,8 @@ torch runs a grouped matmul as a loop over the experts, which leaves room for th
     experts    many rows: experts one by one, or all in one batched matmul
     product    the order of the factors that oneDNN or MKL multiplies faster
 """
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -51,15 +53,11 @@ def moe_few(x, ids, weights, k, w_in, w_out):
     """A loop over the experts that are hit, each read once. Contract as moe_dispatch.py:moe."""
     P, k_max = ids.shape
     counts = [k_max] * P if k is None else k.tolist()
-    ids = ids.tolist()
     weights = weights.tolist()
-    N = len(w_in)
-    hit = {}                                                   # expert -> [(token, weight), ..]
-    for token, count in enumerate(counts):
-        assert 1 <= count <= k_max, f'k must lie in 1..{k_max}, found {count}'
-        for n, weight in zip(ids[token][:count], weights[token]):
-            assert 0 <= n < N, f'expert ids must lie in 0..{N - 1}, found {n}'
-            hit.setdefault(n, []).append((token, weight))
+    hit = defaultdict(list)                                    # expert -> [(token, weight), ..]
+    for token, own in enumerate(ids.tolist()):
+        for n, weight in zip(own[:counts[token]], weights[token]):
+            hit[n].append((token, weight))
     y = torch.zeros(x.shape, dtype=torch.float32)                               # (P,C)
     for n, pairs in hit.items():
         if len(pairs) == 1:

@@ -5,7 +5,6 @@ does nothing.
 """
 import os
 import sys
-import threading
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,21 +17,16 @@ PATIENCE = timedelta(minutes=10)        # with a rank that does not come, or doe
 def join(device):
     """Under torchrun: meet the other ranks, each on its device (run/console.py:open_device).
 
-    InputError if they do not come; after ten seconds it is said that they are waited for.
+    InputError if they do not come.
     """
     if os.environ.get('WORLD_SIZE', '') in ('', '1'):
         return
     backend = 'nccl' if device.startswith('cuda') else 'gloo'
-    line = f'waiting for the other ranks, {os.environ["WORLD_SIZE"]} in all'
-    waiting = threading.Timer(10, print, [line], {'file': sys.stderr, 'flush': True})
-    waiting.daemon = True
-    waiting.start()
+    print(f'waiting for the other ranks, {os.environ["WORLD_SIZE"]} in all', file=sys.stderr, flush=True)
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
         raise InputError(f'the ranks do not meet: {str(e).splitlines()[0]}') from None
-    finally:
-        waiting.cancel()
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
 
@@ -61,12 +55,6 @@ def gathered(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def same_everywhere(what, value):
-    """InputError unless all ranks have this value."""
-    if len(set(gathered(value))) > 1:
-        raise InputError(f'{what} is not the same on all ranks')
 
 
 def check_ranks(s):

@@ -73,14 +73,12 @@ def training_figure(path, log, top_k, target):
         ylabel='minus the start (10⁻³ nats/token)',
         title='loss + price of the experts on a probe',
     )
-    b.plot(range(1, len(log) + 1), [row['argmax_k'] for row in log], label='rollouts')
-    b.plot(steps, [row['probe_k'] for row in probed], 'o-', label='probe')
+    b.plot(range(1, len(log) + 1), [row['argmax_k'] for row in log])
     if target:
-        b.axhline(target, color='black', linestyle='-.', label='budget')
+        b.axhline(target, color='black', linestyle=':')                     # the budget
     b.set(
         xlabel='PPO step',
         ylabel='experts per token and layer',
-        title=f'mean k, of K = {top_k}',
+        title=f'mean k of the rollouts, of K = {top_k}',
     )
-    b.legend()
     save_figure(fig, path)

@@ -7,13 +7,15 @@
 Each is a family of policies with one knob, mean k. Which is best is measured on training text by the loss
 expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from allocator import Skip, TopK, Watched, tail_ratios
+from allocator import RandomMix, Skip, TopK, TopP, Watched, tail_ratios
 from run.console import Progress
-from run.evaluate import evaluate
+from run.evaluate import calibrate, evaluate
 from run.ranks import gathered, ranks
 from scale.memory import sequences_of_pass
 
@@ -31,10 +33,10 @@ class SkipFamilies:
         self.L = len(model.config.moe_layers)
         self.windows = windows
         apart = max(1, windows[0].numel() // SEARCH_TOKENS)
-        self.few_windows = [part[::apart] for part in windows]
-        self.tails = tails(model, windows[0])                               # (L,P,K-1)
         self.steps = {}                                        # {around: what the steps of each layer cost}
         self.best = {}                                         # {mean k: the name of the best family there}
+        self.few_windows = [part[::apart] for part in windows]
+        self.tails = tails(model, windows[0])                               # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
 
@@ -139,6 +141,26 @@ def best_family(families, mean_k):
         costs = families.costs(policies, families.windows)
         families.best[mean_k] = FAMILIES[costs.index(min(costs))]
     return families.best[mean_k]
+
+
+def rule_at(families, name, mean_k, around):
+    """The rule of this name, its knob set to mean_k on families.windows by real passes.
+
+    name: random-mix, top-p, one of FAMILIES, or skip, the best of them; around: as for SkipFamilies.policy.
+    """
+    if name == 'random-mix':
+        return RandomMix(mean_k)
+    if name == 'top-p':
+        low = 0
+        high = 1
+        policy_of = partial(TopP, n_experts=families.model.config.n_experts)
+    else:
+        low = 1
+        high = families.K
+        family = best_family(families, around) if name == 'skip' else name
+        policy_of = partial(families.policy, family, around=around)
+    knob = calibrate(families.model, families.windows, policy_of, mean_k, low, high)
+    return policy_of(knob)
 
 
 def worth_of_an_expert(families, mean_k):

@@ -8,6 +8,7 @@ under the model's own top-k, in seconds:
 
 A stand-in costs 4 r C FLOPs where an expert costs 6 C F. Every policy uses the same ones.
 """
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,37 +55,34 @@ def fit(s, model, inputs):
     """
     config = model.config
     experts = [model.layers[i].mlp for i in config.moe_layers]
-    weights = {
+    rank = rank_of(s, config)
+    if rank > config.dim:
+        raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
+    fitted = {
         'rho': torch.full((len(experts),), float(config.norm_topk)),
         'eta': torch.ones(len(experts)),
     }
     if s.dropped == 'published' or config.top_k == 1:
-        return weights
-    rank = rank_of(s, config)
-    if rank > config.dim:
-        raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
-    few = sequences_of_pass(inputs.shape[1])
+        return fitted
 
     def fit_layer(layer, x, probs):
         moe = experts[layer]
         p, ids = probs.topk(config.top_k, dim=-1)                           # (P,K)
         g = p / p.sum(-1, keepdim=True)
         if rank == 0:
-            return [fit_rho(moe, x, g, ids)]
+            return {'rho': config.norm_topk * fit_rho(moe, x, g, ids)}
         maps = [fit_expert(moe, x, g, ids, n, rank) for n in range(config.n_experts)]
-        return list(map(torch.stack, zip(*maps)))
+        return {'rho': torch.zeros(()), **dict(zip('ABb', map(torch.stack, zip(*maps))))}
+    few = sequences_of_pass(inputs.shape[1])
     apart = max(1, len(inputs) // few)
     layers = look(model, inputs[::apart][:few], fit_layer)
-    found = [torch.stack(of_layers).cpu() for of_layers in zip(*layers)]
-    poor = rank and (found[0] == 0).flatten(2).all(2).sum().item()
-    if poor:
-        print(f'stand-ins: too few tokens choose {poor} of the experts: their mean output stands in for them')
+    for name in layers[0]:
+        fitted[name] = torch.stack([of_layer[name] for of_layer in layers]).cpu()
     if rank > 0:
-        weights['rho'] *= 0
-        return {**weights, **dict(zip('ABb', found))}
-    if config.norm_topk:
-        weights['rho'] = found[0]
-    return weights
+        poor = (fitted['A'] == 0).all((2, 3)).sum().item()
+        if poor:
+            print(f'stand-ins: too few tokens choose {poor} of the experts: their mean output stands in')
+    return fitted
 
 
 def output(moe, n, x):
@@ -120,26 +118,24 @@ def fit_expert(moe, x, g, ids, n, rank):
     """
     token, choice = torch.where(ids[:, 1:] == n)
     C = x.shape[1]
-    A = x.new_zeros(rank, C, dtype=torch.float)
-    B = x.new_zeros(C, rank, dtype=torch.float)
-    if len(token) == 0:
-        return A, B, A.new_zeros(C)
     weight = g[token, 1 + choice, None].double().square()                   # (rows,1)
-    weight = weight / weight.sum()
+    weight = weight / weight.sum().clamp_min(1e-30)                         # there may be no row
     X = x[token].double()
     Y = output(moe, n, x[token])
     mean_x = (weight * X).sum(0)
     mean_y = (weight * Y).sum(0)
-    if len(token) <= rank:
-        return A, B, mean_y.float()
-    X = X - mean_x
-    moments = X.T @ (weight * X)                                            # (C,C)
-    ridge = RIDGE * moments.diagonal().mean() * torch.eye(C, dtype=X.dtype, device=X.device)
-    W = torch.linalg.solve(moments + ridge, X.T @ (weight * (Y - mean_y)))  # (C,C), Y ~ X W
-    _, directions = torch.linalg.eigh(W.T @ moments @ W)                    # of what is predicted, rising
-    B = directions[:, -rank:]                                               # (C,r)
-    A = (W @ B).T
-    return A.float(), B.float(), (mean_y - B @ (A @ mean_x)).float()
+    A = X.new_zeros(rank, C)
+    B = X.new_zeros(C, rank)
+    if len(token) > rank:
+        X = X - mean_x
+        moments = X.T @ (weight * X)                                        # (C,C)
+        ridge = RIDGE * moments.diagonal().mean() * torch.eye(C, dtype=X.dtype, device=X.device)
+        W = torch.linalg.solve(moments + ridge, X.T @ (weight * (Y - mean_y)))      # (C,C), Y ~ X W
+        _, directions = torch.linalg.eigh(W.T @ moments @ W)                # of what is predicted, rising
+        B = directions[:, -rank:]
+        A = (W @ B).T
+    b = mean_y - B @ (A @ mean_x)
+    return A.float(), B.float(), b.float()
 
 
 def fit_eta(model, fitted, windows):
@@ -162,17 +158,17 @@ def fit_eta(model, fitted, windows):
 
 # ================================================================ in the model
 
+@dataclass
 class StandIns:
-    """The stand-ins of one layer: A (N,r,C), B (N,C,r), b (N,C).
+    """The stand-ins of one layer.
 
     Called with x (P,C), ids and left (P,width) from moe_dispatch.py:select it gives (P,C) in x's dtype:
     the sum over the choices j of left_j (B A x + b).
     """
 
-    def __init__(self, A, B, b):
-        self.A = A
-        self.B = B
-        self.b = b
+    A: torch.Tensor     # (N,r,C)
+    B: torch.Tensor     # (N,C,r)
+    b: torch.Tensor     # (N,C)
 
     def __call__(self, x, ids, left):
         if len(x) <= FEW_TOKENS and not x.is_cuda and not torch.is_grad_enabled():

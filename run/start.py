@@ -22,7 +22,7 @@ FIRST_PRICE = 0.7       # of what an expert is worth to a rule: trained ones get
 
 
 def prepare(s, model, text):
-    """(windows of training text that knobs are set on, what was fitted on them, the rules without training).
+    """(what was fitted on windows of training text, the rules without training, whose knobs are set on them).
 
     From here on the model runs with what was fitted (run/standins.py).
     """
@@ -31,7 +31,7 @@ def prepare(s, model, text):
     if s.beyond:
         standins.fit_eta(model, fitted, dial)
     standins.use(model, fitted)
-    return dial, fitted, SkipFamilies(model, dial)
+    return fitted, SkipFamilies(model, dial)
 
 
 def new_allocators(s, model, text, families):

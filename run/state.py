@@ -16,7 +16,7 @@ from run.console import MARK, open_out
 from run.ranks import ranks
 
 # what may differ between an interrupted run and the one that resumes it
-NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream'
+NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream', 'device'
 
 # what a run writes into its folder, beside base/
 WRITTEN = ('allocator.safetensors', 'standins.safetensors', 'state.pt', 'log.csv', 'results.json',
@@ -74,9 +74,8 @@ class Interrupt:
 
 
 def in_state(s):
-    """The settings that a run and its continuation share; of the device the kind, each rank has its own."""
-    settings = {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
-    return {**settings, 'device': torch.device(s.device).type}
+    """The settings that a run and its continuation share."""
+    return {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
 
 
 def save_state(path, s, facts, allocators, optimizer, generator, log):
@@ -100,8 +99,6 @@ def load_state(path, s, facts, allocators, optimizer, generator):
 
     InputError names the setting or fact that differs, or the file if it is damaged.
     """
-    if not path.exists():
-        raise InputError(f'--resume: there is no {path}; start without --resume')
     with reading(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
         for name, ours in in_state(s).items():

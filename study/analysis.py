@@ -9,17 +9,18 @@ import numpy as np
 import torch
 
 from allocator import Watched
-from hub.files import InputError, write_json
+from hub.files import write_json
 from run.console import one_line_errors
 from run.evaluate import evaluate
-from run.ranks import ranks
+from run.ranks import gathered
 from run.report import plt, save_figure
 from run.state import trained_policy
 from study.study import open_study, parser
 
 SPACE = 'white space'
 CLASSES = 'content word', 'number', SPACE, 'operator, punctuation', 'function word'
-RUNS = re.compile(r'([^\W\d_]+)|(\d+)|(\s+)|((?:[^\s\w]|_)+)')             # a group for each but the last
+# runs of like bytes, a group for each class but the last; what is not ASCII counts as letters
+RUNS = re.compile(rb'([a-zA-Z\x80-\xff]+)|(\d+)|(\s+)|(.)')
 # Python's keywords are function words too
 FUNCTION_WORDS = {*kwlist, *(
     'a an the and or but nor so yet if then than that this these those of to in on at by for from with '
@@ -30,24 +31,17 @@ FUNCTION_WORDS = {*kwlist, *(
 
 # ================================================================ classes of tokens
 
-def runs(text):
-    """Yield (run of like characters, its class)."""
-    for match in RUNS.finditer(text):
-        run = match.group()
-        function = run.lower() in FUNCTION_WORDS
-        yield run, CLASSES[-1 if function else match.lastindex - 1]
-
-
 def token_classes(tokenizer, ids):
     """The class of each token: that of its first character that is not white space; bos, eos are white space.
 
     The text is what the tokens spell, which may be a normalised form of what the tokenizer was given.
     """
     pieces = [b'\n' if i in tokenizer.marks else tokenizer.bytes_of_id[i] for i in ids]
-    text = b''.join(pieces).decode('utf-8', 'surrogateescape')
     of_byte = []
-    for run, name in runs(text):
-        of_byte += [name] * len(run.encode('utf-8', 'surrogateescape'))
+    for match in RUNS.finditer(b''.join(pieces)):
+        run = match.group()
+        function = run.decode('latin-1').lower() in FUNCTION_WORDS
+        of_byte += [CLASSES[-1 if function else match.lastindex - 1]] * len(run)
     classes = []
     end = 0
     for piece in pieces:
@@ -64,7 +58,8 @@ def analyse(study, policy):
     by_layer = [[] for _ in range(study.families.L)]
     watched = Watched(policy, lambda layer, x, probs, k: by_layer[layer].append(k.cpu()))
     evaluate(study.model, study.windows, [watched])
-    k = torch.stack([torch.cat(parts) for parts in by_layer]).numpy()       # (L,n)
+    k = torch.stack([torch.cat(parts) for parts in by_layer])
+    k = torch.cat(gathered(k), dim=1).numpy()                               # (L,n)
     of_token = k.mean(0)
     classes = []
     for ids in study.windows[0].tolist():
@@ -83,10 +78,6 @@ def analyse(study, policy):
 
 # ================================================================ findings and figure
 
-def finding(claim, holds, numbers):
-    return f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.'
-
-
 def listed(numbers):
     return ', '.join(f'{n:.2f}' for n in numbers)
 
@@ -103,18 +94,18 @@ def findings(r):
     shares = [f'{k} for {share:.0%}' for k, share in enumerate(r['histogram'], 1) if share >= 0.005]
     middle = np.mean(layers[1:-1] or layers)
     rising = np.corrcoef(range(10), tenths)[0, 1]
-    lines = [
-        finding(
+    claims = [
+        (
             'About a tenth of the tokens use more than K',
             sum(r['histogram'][K:]) > 0.05,
             f'mean k {r["mean_k"]:.2f} of K = {K}, k = {", ".join(shares)} of the decisions',
         ),
-        finding(
+        (
             'Middle layers use more',
             middle > max(layers[0], layers[-1]),
             f'mean k by layer {listed(layers)}',
         ),
-        finding(
+        (
             'Harder tokens use more',
             rising > 0.5,
             f'mean k by tenth of the loss under top-k, easiest first, {listed(tenths)} '
@@ -124,7 +115,10 @@ def findings(r):
     if len(by_class) >= len(CLASSES):
         most_first = sorted(by_class, key=by_class.get, reverse=True)
         of_class = ', '.join(f'{name} {by_class[name]:.2f}' for name in most_first)
-        lines.append(finding('Content words use more', most_first[0] not in CLASSES[1:], of_class))
+        claims.append(('Content words use more', most_first[0] not in CLASSES[1:], of_class))
+    lines = []
+    for claim, holds, numbers in claims:
+        lines.append(f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.')
     return '\n'.join(lines)
 
 
@@ -145,8 +139,6 @@ def analysis_figure(path, r):
 def main(argv=None):
     a = parser(__doc__).parse_args(argv)
     study = open_study(a, 'analysis')
-    if ranks()[1] > 1:
-        raise InputError('the analysis is for one process: run it without torchrun')
     policy = trained_policy(a.run, study.model.config, study.digest, study.s.device)
     results = analyse(study, policy)
     write_json(study.folder / 'analysis.json', results)

@@ -26,7 +26,6 @@ BASES = 'deep', 'prose', 'fine', 'many'
 WAYS = 'published', 'rho', 'stand-ins'
 METHODS = *RULES, 'soft', 'ada-k'
 FEW_METHODS = *RULES, 'ada-k'
-SEEDS = 1
 
 
 def columns(results):
@@ -44,16 +43,21 @@ def main(argv=None):
     out = open_out('out/bases', 'bases.json', 'bases.png')
     results = {}
     for name in a.only:
+        s = Settings(preset=name, **PRESETS[name])
+        run = Path('out') / name
         of_ways = {}
         for way in WAYS:
-            s = Settings(preset=name, **PRESETS[name])
-            done = Path('out') / name / f'bases-{way}' / 'bases.json'
+            done = run / f'bases-{way}' / 'bases.json'
             if not done.exists():
-                study = Study(replace(s, dropped=way), open_out(Path('out') / name), done.parent.name)
+                study = Study(replace(s, dropped=way), open_out(run), done.parent.name)
                 methods = METHODS if way == s.dropped else FEW_METHODS
-                write_json(done, measure(study, [BUDGET], methods, SEEDS))
+                write_json(done, measure(study, [BUDGET], methods))
             of_ways[way] = read_json(done)
-        results[name] = {'budget': BUDGET, **of_ways[s.dropped], 'ways': of_ways}
+        results[name] = {
+            'budget': BUDGET,
+            **of_ways[s.dropped],
+            'ways': of_ways,
+        }
         write_json(out / 'bases.json', results)
     print(table(columns(results)))
     figure(out / 'bases.png', columns(results))

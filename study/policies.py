@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import ppo
+import run.standins as standins
 from allocator import Skip, TopK
 from base.frozen import base_folder
 from hub.checkpoint import base_digest
@@ -18,7 +19,6 @@ from run.console import Progress
 from run.state import trained_policy
 from train import next_price, settings_of
 
-SOFT_STEPS = 200
 SOFT_LR = 3e-2
 DECISIVE = 3e-4         # price of entropy at the end, nats: a mixture must become a choice
 
@@ -43,14 +43,12 @@ class SoftMixture(TopK):
 
     def select(self, probs, k, how):
         """As moe_dispatch.py:select, in the mean over k: expert j runs where k >= j, is left where k < j."""
-        every_k = torch.arange(1, self.k_max + 1, device=probs.device)
-        pi = self.steps[-1]                                                 # (P,A)
         weights = 0
         left = 0
-        for n in every_k:
-            ids, of_n, left_by_n = super().select(probs, n.expand(len(probs)), how)
-            weights = weights + pi[:, n - 1, None] * of_n
-            left = left + pi[:, n - 1, None] * left_by_n
+        for n, pi in enumerate(self.steps[-1].T[..., None], 1):             # (P,1) each
+            ids, of_n, left_by_n = super().select(probs, torch.full_like(k, n), how)
+            weights = weights + pi * of_n
+            left = left + pi * left_by_n
         return ids, weights, left
 
 
@@ -59,7 +57,7 @@ def train_soft(s, model, allocators, first, text, log):
 
     Arguments as of train.py:train_ppo.
     """
-    steps = min(SOFT_STEPS, s.ppo_steps)
+    steps = s.ppo_steps
     generator = torch.Generator().manual_seed(s.seed + 1)
     batches = text.batches(s.ppo_batch, s.seq, generator)
     optimizer = torch.optim.AdamW(allocators.parameters(), SOFT_LR)
@@ -78,12 +76,13 @@ def train_soft(s, model, allocators, first, text, log):
         price = next_price(s, first, log, model.config)
         of_layer = price * mean_k + decisive * entropy
         loss = len(pi) * of_layer - reward
-        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - (step - 1) / steps)
+        done = (step - 1) / steps
+        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - done)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         argmax_k = (1 + pi.argmax(-1)).float().mean()
-        log.append({'loss': loss.item(), 'argmax_k': argmax_k.item()})
+        log.append({'argmax_k': argmax_k.item()})
         progress(step, step * inputs.numel(), **log[-1])
 
 
@@ -96,18 +95,23 @@ def policy_flags(p):
 
 
 def open_policy(a):
-    """(Settings, folder of the base, its Config, policy) that a program's flags name; sets a.policy."""
+    """(Settings, folder of the base, its Config, policy, stand-ins) that a program's flags name.
+
+    Sets a.policy.
+    """
     if not a.run and not a.ckpt:
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     a.policy = a.policy or ('ada-k' if a.run else 'top-k')
     s = settings_of(a)
     folder = base_folder(s, Path(a.run))
     config = read_config(folder)
+    digest = base_digest(folder)
     if a.policy == 'ada-k' and a.run:
-        policy = trained_policy(a.run, config, base_digest(folder), s.device)
+        policy = trained_policy(a.run, config, digest, s.device)
     else:
         policy = rule(a.policy, config)
-    return s, folder, config, policy
+    fitted = standins.of_run(a.run, digest) if a.run else None
+    return s, folder, config, policy, fitted
 
 
 def rule(name, config):

@@ -7,12 +7,9 @@ Published: 10,000 samples of up to 2,048 tokens in batches of 64, one epoch of P
 epochs a rollout. Here a batch has as many tokens in sequences of the run's own length. Each recipe is trained
 for 0.75 K and its price set to it. A stopped study goes on where it was.
 """
-from dataclasses import replace
-
 from hub.files import write_json
 from run.console import one_line_errors
 from run.report import markdown
-from run.rules import FAMILIES
 from study.study import BUDGET, PUBLISHED, open_study, parser, thousandths
 
 FEW = 60                                # PPO steps of an ablation
@@ -22,38 +19,46 @@ STEPS = 156
 
 def ablations(s):
     """{what is changed: the changes to Settings}."""
-    many = dict(group=1, ppo_batch=s.group * s.ppo_batch)      # as many rollouts, of more texts
-    cases = {'default': {}}
-    for start in ('random', 'p-warm', *FAMILIES):
-        cases[f'start: {start}'] = {'start': start}
-    for discount in (0.0, 0.5, 0.8, 0.95, 1.0):
-        cases[f'discount {discount:g}'] = {'discount': discount}
-    cases |= {
-        "reward: the text's own token": {'reward': 'sampled'},
-        'baseline: top-k': many,
-        "baseline: top-k, reward: the text's own token": {'reward': 'sampled', **many},
-        'allocator reads x only, start: p-warm': dict(extended=False, start='p-warm', ppo_lr=1e-3),
-        '1 PPO epoch': {'epochs': 1},
-        '2 PPO epochs': {'epochs': 2},
+    many = {                                                   # the baseline is top-k
+        'group': 1,
+        'ppo_batch': s.group * s.ppo_batch,                    # as many rollouts, of more texts
     }
-    return {what: {'ppo_steps': FEW, **changes} for what, changes in cases.items()}
+    cases = [
+        {},
+        {'start': 'random'},
+        {'start': 'p-warm'},
+        *[{'discount': discount} for discount in (0.0, 0.5, 0.8, 0.95, 1.0)],
+        {'epochs': 1},
+        {'epochs': 2},
+        {'reward': 'sampled'},
+        many,
+        {'reward': 'sampled', **many},
+        {                                                      # the allocators read x only
+            'extended': False,
+            'start': 'p-warm',
+            'ppo_lr': 1e-3,
+        },
+    ]
+    named = {}
+    for changes in cases:
+        what = ', '.join(f'{setting} {value}' for setting, value in changes.items())
+        named[what or 'default'] = {'ppo_steps': FEW, **changes}
+    return named
 
 
 def lengths(s):
-    """{recipe and its rollouts' tokens: the changes to Settings}."""
-    long = {
-        **PUBLISHED,
-        'ppo_batch': BATCH // s.seq,
-        'ppo_steps': STEPS,
-        'warm_steps': STEPS,
+    """{recipe: the changes to Settings}."""
+    return {
+        'the default': {},
+        'published, as long': PUBLISHED,
+        'published, as long, its step in logits': {**PUBLISHED, 'ppo_lr': 32 * PUBLISHED['ppo_lr']},
+        'published, whole': {
+            **PUBLISHED,
+            'ppo_batch': BATCH // s.seq,
+            'ppo_steps': STEPS,
+            'warm_steps': STEPS,
+        },
     }
-    named = {}
-    for changes in ({}, PUBLISHED, long):
-        what = 'published' if changes else 'default'
-        used = replace(s, **changes)
-        tokens = used.ppo_steps * used.ppo_batch * used.group * s.seq
-        named[f'{what}, {tokens:,} tokens'] = changes
-    return named
 
 
 def recipe_table(results):
@@ -75,7 +80,7 @@ def main(argv=None):
     recipes = lengths(s) if a.published else ablations(s)
     rows = []
     for what, changes in recipes.items():
-        measurement = study.measured(what, lambda: study.ada_k(what, BUDGET, s.seed, **changes))
+        measurement = study.measured(what, lambda: study.ada_k(what, BUDGET, study.s.seed, **changes))
         row, _ = study.row([measurement])
         rows.append({'what': what, **row})
         write_json(study.folder / f'{kind}.json', {'rows': rows})

@@ -10,7 +10,6 @@ import torch
 import run.standins as standins
 from allocator import Counted
 from base.frozen import load_model
-from hub.checkpoint import base_digest
 from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from model import generate_steps
@@ -39,7 +38,7 @@ def main(argv=None):
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
     a = p.parse_args(argv)
     open_model_flags(a)
-    s, folder, config, policy = open_policy(a)
+    s, folder, config, policy, fitted = open_policy(a)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.prompt(a.prompt)
     n = len(ids)
@@ -52,15 +51,14 @@ def main(argv=None):
         raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
                          f'the model has only {config.n_vocab} tokens')
     model = load_model(s, folder)
-    if a.run:
-        standins.use(model, standins.of_run(a.run, base_digest(folder)))
+    standins.use(model, fitted)
     tally = Counted(policy, len(config.moe_layers), a.device)
     start = time.perf_counter()
     tokens = torch.tensor([ids], device=a.device)
     generator = torch.Generator(a.device).manual_seed(a.seed)
     steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, generator, graph_decoder)
     print(a.prompt, end='', flush=True)
-    for piece in tokenizer.stream(written(steps, tokenizer.stops, ids), first=False):
+    for piece in tokenizer.stream(written(steps, tokenizer.stops, ids)):
         print(piece, end='', flush=True)
     new = len(ids) - n
     rate = new / (time.perf_counter() - start)

@@ -5,6 +5,7 @@ start goes on where the first one stopped. The folder belongs to one base model,
 """
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ class Study:
         self.text, _, heldout = texts
         self.K = self.model.config.top_k
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
-        self.dial, _, self.families = prepare(s, self.model, self.text)
+        _, self.families = prepare(s, self.model, self.text)
         self.digest = base_digest(base_folder(s, out))
         self.folder = out / name
         there = [path.name for path in self.folder.glob('*')]
@@ -67,7 +68,10 @@ class Study:
             torch.manual_seed(self.s.seed)                     # for the policies that draw
             [(loss, tally)] = evaluate(self.model, self.windows, [policy_of()])
             print(f'{name}: {loss.mean():.4f} nats at mean k {tally.mean():.3f}', flush=True)
-            write_safetensors(path, {'loss': loss.float(), 'counts': tally.counts})
+            write_safetensors(path, {
+                'loss': loss.float(),
+                'counts': tally.counts,
+            })
             gathered('written')                                # by rank 0
         with reading(path):
             tensors, _ = read_safetensors(path)
@@ -76,11 +80,6 @@ class Study:
     def target(self, budget):
         """The mean k of a budget."""
         return target_k(replace(self.s, budget=budget), self.model.config)
-
-    def calibrated(self, policy_of, budget, low, high):
-        """policy_of(knob) that meets the budget on many training documents."""
-        knob = calibrate(self.model, self.dial, policy_of, self.target(budget), low, high)
-        return policy_of(knob)
 
     def ada_k(self, kind, trained_at, seed, budget=BUDGET, **changes):
         """Ada-K for a budget, by allocators from the folder or trained now at the budget `trained_at`.
@@ -98,7 +97,10 @@ class Study:
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)
         allocators.to(self.s.device)
-        return self.calibrated(lambda price: AdaK(allocators, price), budget, 5, -5)
+        policy_of = partial(AdaK, allocators)                  # of a price
+        mean_k = self.target(budget)
+        price = calibrate(self.model, self.families.windows, policy_of, mean_k, 5, -5)
+        return policy_of(price)
 
     def row(self, measurements):
         """A row of [(loss, counts), ..], the mean over seeds, and its loss minus that of top-k, (n,) float64.

@@ -9,8 +9,6 @@ harness; top-k is the model as it is, the other policy is attached to it (hub/pl
 import os
 from numbers import Real
 
-import run.standins as standins
-from hub.checkpoint import base_digest
 from hub.files import InputError, write_json
 from hub.plug import attach, detach
 from run.console import OneLineParser, one_line_errors, open_out
@@ -20,12 +18,20 @@ from study.policies import open_policy, policy_flags
 
 def open_model(folder, device_map):
     """The harness's own model over a checkpoint folder; InputError where a package or device is missing."""
-    os.environ.update(LOGLEVEL='ERROR', TRANSFORMERS_VERBOSITY='error', DISABLE_MULTIPROC='1')     # no forks
+    os.environ.update(
+        LOGLEVEL='ERROR',
+        TRANSFORMERS_VERBOSITY='error',
+        DISABLE_MULTIPROC='1',                                 # no forks
+    )
     try:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype='auto', device_map=device_map, experts_implementation='grouped_mm')
+            folder,
+            dtype='auto',
+            device_map=device_map,
+            experts_implementation='grouped_mm',
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)           # no padding to be counted
     except Exception as e:                                     # of many kinds, from three packages
@@ -43,7 +49,7 @@ def run_task(a, lm, name):
             lm,
             tasks=[name],
             num_fewshot=a.shots,
-            limit=a.limit or None,
+            limit=a.limit,
             task_manager=manager,
             log_samples=False,
             bootstrap_iters=1000,
@@ -91,15 +97,12 @@ def main(argv=None):
     policy_flags(p)
     p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
     p.add_argument('--device', dest='device_map', default='cpu', help='cpu, cuda, auto (default cpu)')
-    p.add_argument('--limit', type=int, default=0, help='the first so many examples of each task')
+    p.add_argument('--limit', type=int, help='the first so many examples of each task')
     p.add_argument('--shots', type=int, help='examples in the prompt (default: as the task says)')
     p.add_argument('--out', default='out/tasks', help='folder of tasks.json (default out/tasks)')
     p.set_defaults(device='cpu', stream=False)                 # of the allocators until they are attached
     a = p.parse_args(argv)
-    if min(a.limit, a.shots or 0) < 0:
-        raise InputError('--limit, --shots: must be 0 or more')
-    _, folder, config, policy = open_policy(a)
-    fitted = standins.of_run(a.run, base_digest(folder)) if a.run else None
+    _, folder, config, policy, fitted = open_policy(a)
     out = open_out(a.out, 'tasks.json')
     lm = open_model(folder, a.device_map)
     rows = []
@@ -109,7 +112,12 @@ def main(argv=None):
             tally = attach(lm.model, policy, fitted)
             rows += metric_rows(run_task(a, lm, name), a.policy, tally.mean())
             detach(lm.model)
-        write_json(out / 'tasks.json', {'ckpt': str(folder), 'run': a.run, 'limit': a.limit, 'rows': rows})
+        write_json(out / 'tasks.json', {
+            'ckpt': str(folder),
+            'run': a.run,
+            'limit': a.limit,
+            'rows': rows,
+        })
     print(task_table(rows))
     print(f'wrote {out}')
 

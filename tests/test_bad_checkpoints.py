@@ -65,12 +65,18 @@ def repoint(file):
     return lambda folder: write_json(folder / INDEX, {'weight_map': {NORM: file}})
 
 
+def pickled(folder):
+    torch.save({'a': torch.zeros(9)}, folder / 'pytorch_model.bin')
+    repoint('pytorch_model.bin')(folder)
+
+
 DAMAGED = f'{SHARD}: damaged'
+SECOND = ', "%s": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}' % NORM
 CASES = {
     'header of 2^63 bytes': (change_bytes(lambda old: (2 ** 63).to_bytes(8, 'little') + old), DAMAGED),
     'trailing bytes': (change_bytes(lambda old: old + b'1234'), DAMAGED),
     'nested a hundred thousand deep': (change_header(lambda header: '[' * 100_000), DAMAGED),
-    'a key twice': (change_header(lambda h: json.dumps(h)[:-1] + ', "__metadata__": {}}'), DAMAGED),
+    'a key twice': (change_header(lambda h: json.dumps(h)[:-1] + SECOND), DAMAGED),
     'hole': (change_norm(shape=[31], data_offsets=[END - 62, END]), DAMAGED),
     'overlap': (change_norm(data_offsets=[0, 64]), DAMAGED),
     'float offset': (change_norm(data_offsets=[END - 64.0, END]), DAMAGED),
@@ -79,13 +85,14 @@ CASES = {
     'unknown dtype': (change_norm(dtype='F8_E4M3'), DAMAGED),
     'tensor missing': (only_norm(torch.zeros(32)), 'experts.0.w1.weight is missing'),
     'tensor too many': (change_header(lambda h: h.update({'a\nb': h.pop(NORM)})), r"'a\\nb' .* says none"),
-    'integer weights': (only_norm(torch.zeros(32).byte()), NORM),
+    'integer weights': (only_norm(torch.zeros(32).long()), NORM),
     'a far larger model': (far_larger, 'has shape'),
-    'no weights': (remove(INDEX), 'no model.safetensors.*pickle'),
+    'no weights': (remove(INDEX), 'model.safetensors: No such file'),
     'shard missing': (remove(SHARD), f'{SHARD}: No such file'),
     'shard truncated': (lambda folder: os.truncate(folder / SHARD, 500), DAMAGED),
-    'index points outside': (repoint('../elsewhere.safetensors'), 'is no .safetensors file'),
-    'index points to a pickle': (repoint('pytorch_model.bin'), 'is no .safetensors file'),
+    'index points elsewhere': (repoint('../elsewhere.safetensors'), 'a file outside of this folder'),
+    'index points to a pickle': (pickled, 'pytorch_model.bin: damaged'),
+    'index points to no name': (repoint(1), f'{INDEX}: damaged'),
 }
 
 

@@ -60,7 +60,6 @@ def test_metrics_of_any_kind_reach_the_file_and_the_table(smoke, tmp_path, monke
 
 
 @pytest.mark.parametrize('args, says', [
-    (['--limit', '-1'], '--limit'),
     (['--run', ''], 'give --ckpt'),
     (['--device', 'abacus'], 'pip install lm-eval'),
 ])

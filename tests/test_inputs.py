@@ -26,15 +26,15 @@ class Letters:
 
 
 def test_too_little_text_says_both_numbers():
-    with pytest.raises(InputError, match='held-out split has 109 tokens, 10 sequences of 10 need 110'):
-        tokenize(['x' * 109], Letters(), 10, 'held-out', 10)
+    with pytest.raises(InputError, match='held-out split has 110 tokens, 10 sequences of 10 need 111'):
+        tokenize(['x' * 110], Letters(), 10, 'held-out', 10)
     with pytest.raises(InputError, match='0 tokens, 1 sequences of 10 need 11'):
         tokenize([], Letters(), 10, 'held-out')
 
 
 def test_enough_text_gives_full_batches_at_whatever_offset():
-    text = tokenize(['x' * 60, 'y' * 50], Letters(), 10, 'train', 10)
-    assert text.document.tolist() == [0] * 60 + [1] * 50
+    text = tokenize(['x' * 60, 'y' * 51], Letters(), 10, 'train', 10)
+    assert text.document.tolist() == [0] * 60 + [1] * 51
     assert text.tokens.element_size() + text.document.itemsize == 8
     batches = text.batches(10, 10, torch.Generator())
     assert all(len(next(batches)[0]) == 10 for _ in range(50))
@@ -57,7 +57,6 @@ def texts_of(path, raw):
     # halves of characters
     ('x.jsonl', r'{"text": "\ude42\ud83d\ud83d\ude42"}', ['\ufffd\ufffd🙂']),
     # chats
-    ('x.jsonl', '{"messages": []}\n{"text": "more"}', ['', 'more']),
     ('x.jsonl', '{"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "3"}]}',
      ['user: hi\n\ntool: 3']),
     ('x.jsonl', '{"messages": [{"role": "a", "content": null, "tool_calls": []}, '
@@ -75,8 +74,6 @@ def test_files_are_read_as_they_are_meant(name, text, wanted, tmp_path):
     '{"text": 3}',
     '{"messages": "hi"}',
     '{"messages": [{"role": "user"}]}',
-    '{"messages": [{"role": null, "content": "hi"}]}',
-    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}',
 ])
 def test_other_rows_are_refused_with_their_line(row, tmp_path):
     text = '{"text": "a"}\n' + row
@@ -90,7 +87,7 @@ def test_bytes_that_are_no_utf8_are_said(tmp_path, capsys):
 
 
 def test_other_kinds_of_files_are_refused_by_name(tmp_path):
-    with pytest.raises(InputError, match='no .txt.* file there.*files of other kinds, such as .*x.jsonl.gz'):
+    with pytest.raises(InputError, match='no .txt.* file there.*files of other kinds.* such as .*x.jsonl.gz'):
         texts_of(tmp_path / 'x.jsonl.gz', b'some text')
 
 
@@ -125,9 +122,8 @@ def test_one_line_says_what_is_left_out(tmp_path, monkeypatch, capsys):
     assert list(read_documents(tmp_path, 100)) == ['a/x.txt']
     assert capsys.readouterr().err == (
         f'text: left out: 2 copies of macOS or Jupyter, such as {tmp_path}/._x.txt; '
-        f'1 names without a regular file, such as {tmp_path}/gone.txt; '
-        f'1 folders that cannot be listed, such as {tmp_path}/secret; '
-        f'1 files of other kinds, such as {tmp_path}/x.parquet\n')
+        f'2 files of other kinds, or links that lead nowhere or back, such as {tmp_path}/gone.txt; '
+        f'1 folders that cannot be listed, such as {tmp_path}/secret\n')
 
 
 def test_no_more_is_read_than_is_used(tmp_path):

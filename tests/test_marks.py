@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import study.sample
-from conftest import refusal
 from hub.files import write_json
-from hub.tokenizer import Tokenizer
 from run.evaluate import bits_per_byte
 from test_tokenizer import file_of, tokenizer_of
 
@@ -54,10 +52,3 @@ def test_generation_stops_at_every_eos(smoke, tmp_path, capsys):
     write_json(run / 'base/generation_config.json', {'eos_token_id': list(range(320))})
     study.sample.main(['--run', str(run), '--prompt', 'def', '--policy', 'top-k'])
     assert '--- 0 tokens' in capsys.readouterr().out
-
-
-def test_a_token_beyond_the_embedding_is_one_line(smoke, monkeypatch, capsys):
-    monkeypatch.setattr(Tokenizer, 'prompt', lambda self, text: [1, 322])
-    flags = '--run', smoke[0], '--policy', 'top-k', '--prompt', 'a'
-    line = refusal(capsys, 'sample', study.sample.main, *flags)
-    assert 'the tokenizer gives id 322, the model has only 320 tokens' in line

@@ -12,7 +12,8 @@ from conftest import ROOT, refusal, tiny_config
 from hub.checkpoint import load
 from hub.config import PUBLISHED, from_hf
 from hub.files import InputError
-from scale.memory import allocator_sizes, check_memory, working_bytes
+from moe_dispatch import flops
+from scale.memory import allocator_sizes, check_memory, weight_counts, working_bytes
 from scale.plan import plan
 from test_published import HUB
 from train import Settings
@@ -67,8 +68,12 @@ def test_too_little_memory_is_said_before_loading(monkeypatch):
     assert not pinned                                          # there is no page-locking on a CPU
 
 
-def test_short_names_stand_for_the_published_configs():
-    assert PUBLISHED == {name: from_hf(config) for name, config in HUB.items()}
+@pytest.mark.parametrize('name', HUB)
+def test_short_names_have_the_sizes_of_the_published_configs(name):
+    ours = PUBLISHED[name]
+    theirs = from_hf(HUB[name])
+    assert weight_counts(ours) == weight_counts(theirs)
+    assert flops(ours, ours.top_k, 100) == flops(theirs, theirs.top_k, 100)
 
 
 def test_plan_of_a_folder():
@@ -91,5 +96,5 @@ def test_plan_prints_a_table(capsys):
     (['--stream', '--device', 'cpu'], 16),
 ])
 def test_a_streamed_gpu_gets_as_many_tokens_as_hide_the_transfer(flags, sequences, monkeypatch):
-    monkeypatch.setattr(train, 'open_device', lambda name: name)
+    monkeypatch.setattr(train, 'open_device', lambda name, ckpt: name)
     assert train.parse(['--ckpt', MIXTRAL, *flags]).ppo_batch == sequences

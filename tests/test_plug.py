@@ -172,7 +172,6 @@ def test_padding_is_not_counted_however_the_mask_is_given(name):
     for cache in 'dynamic', 'static':
         how = dict(attention_mask=mask, cache_implementation=cache, max_new_tokens=5, **GREEDY)
         assert counted(tally, lambda: model.generate(tokens, **how)) == 9 + 2 * 4
-    assert counted(tally, lambda: mlp(model, 0)(embedded)) == 0            # no pass of the model
     with pytest.warns(UserWarning, match='is not counted'):
         tally.begin(model.model, (tokens, object()), {})       # a mask that does not tell
     tally.count(0, None, None, torch.ones(12, dtype=torch.long))
@@ -283,10 +282,6 @@ def test_the_twin_of_bench_reads_and_writes_as_our_model_in_the_same_memory():
 
 # ================================================================ bad input
 
-def patched_router(block):
-    block.gate.forward = lambda x: x
-
-
 def quantised(block):
     weight = block.experts.gate_up_proj.requires_grad_(False)
     weight.data = weight.data.char()
@@ -300,7 +295,7 @@ def new_way(block):
     block.experts.config._experts_implementation = 'sonicmoe'
 
 
-@pytest.mark.parametrize('change', [patched_router, quantised, old_experts, new_way])
+@pytest.mark.parametrize('change', [quantised, old_experts, new_way])
 def test_a_model_that_is_not_as_expected_is_refused_and_untouched(change):
     model = opened()
     change(mlp(model, 1))
@@ -317,10 +312,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     model = opened()
     with pytest.raises(InputError, match='another base model'):
         attach(model, saved(GOLDEN / 'mixtral-2', tmp_path))
-    with pytest.raises(InputError, match='up to 5 experts, where the model has 4'):
-        attach(model, TopK(5))
     with pytest.raises(InputError, match='no policy is attached'):
         detach(model)
     attach(model, TopK(1))
-    with pytest.raises(InputError, match='changed before'):
+    with pytest.raises(InputError, match='hooked before'):
         attach(model, TopK(1))

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import run.rules
 import run.standins as standins
 from allocator import AdaK, Allocators, Rollout, TopK
 from base.pretrain import new_model
@@ -70,13 +71,13 @@ def test_learning_without_rl_follows_the_price(price, least, most):
     ('one beta', 0.9),
     ('per layer', 0.6),
 ])
-def test_allocators_start_as_expert_skipping(family, budget):
+def test_allocators_start_as_expert_skipping(family, budget, monkeypatch):
+    monkeypatch.setattr(run.rules, 'FAMILIES', [family])
     model = random_model(tiny_config(top_k=4))
     s = Settings(budget=budget, seq=16, dropped='published')
     text = random_text(2400)
     families = SkipFamilies(model, text.windows(16))
     target = 4 * budget
-    families.best[target] = family
     allocators, price = new_allocators(s, model, text, families)
     skip = families.policy(family, target)
     ada = AdaK(allocators)

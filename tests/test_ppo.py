@@ -7,7 +7,7 @@ import torch
 
 import ppo
 import train
-from allocator import TopK, mass_labels
+from allocator import TopK, Watched, mass_labels
 from conftest import random_model, tiny_config
 from run.evaluate import rewards
 from run.start import find_mass
@@ -179,7 +179,9 @@ def test_rollout_rewards_are_those_of_separate_passes(reward):
     model = random_model(tiny_config())
     s = train.Settings(group=2, reward=reward)
     inputs, targets = torch.randint(50, (2, 3, 8))
-    found = train.rollout_reward(s, model, inputs, targets, TopK(2))
+    policy = Watched(TopK(2), lambda *decision: None)
+    policy.k_max = 3                                           # may run K, does not
+    found = train.rollout_reward(s, model, inputs, targets, policy)
     logits, topk = model(inputs, TopK(2)), model(inputs)
     if reward == 'expected':
         right = ppo.expected_gain(logits - topk, topk)

@@ -1,7 +1,6 @@
 """study/: classes of tokens by hand, then frontier, bases, recipes and analysis end to end at smoke size."""
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import study.recipes
 import study.study
 from conftest import refusal
 from hub.files import read_json, write_json
-from study.analysis import CLASSES, findings, runs, token_classes
+from study.analysis import CLASSES, findings, token_classes
 from study.frontier import METHODS, RULES, by_budget
 from train import PRESETS, Settings
 
@@ -25,23 +24,16 @@ FEWER = dict(ppo_steps=4, warm_steps=2, heldout_tokens=1024)
 
 # ================================================================ token classes
 
-def test_runs_of_characters_and_their_classes():
-    assert list(runs('The größe12__):\n  def')) == [
-        ('The', 'function word'),
-        (' ', 'white space'),
-        ('größe', 'content word'),
-        ('12', 'number'),
-        ('__):', 'operator, punctuation'),
-        ('\n  ', 'white space'),
-        ('def', 'function word'),
-    ]
-
-
-def test_a_token_is_of_the_class_of_its_first_letter():
-    pieces = [b'', b'  gr\xc3', b'\xb6\xc3\x9fe:', b'\n', b': 1', b' 12', b'0']
-    tokenizer = SimpleNamespace(marks={0}, bytes_of_id=dict(enumerate(pieces)))
-    word, number, space, operator, _ = CLASSES
-    assert token_classes(tokenizer, range(7)) == [space, word, word, space, operator, number, number]
+@pytest.mark.parametrize('pieces, classes', [
+    (['The', ' ', 'größe', '12', '__):', '\n  ', 'def'], 'fwcnowf'),
+    ([b'  gr\xc3', b'\xb6\xc3\x9fe:', b'\n', b': 1', b' 12', b'0'], 'ccwonn'),
+    (['<s>', ' for', 'mat', ' for', ' 漢', '_', '_x'], 'wccfcoo'),
+])
+def test_a_token_is_of_the_class_of_its_first_letter_in_the_text(pieces, classes):
+    of_id = {i: piece if isinstance(piece, bytes) else piece.encode() for i, piece in enumerate(pieces)}
+    tokenizer = SimpleNamespace(marks={i for i in of_id if pieces[i] == '<s>'}, bytes_of_id=of_id)
+    found = token_classes(tokenizer, range(len(pieces)))
+    assert [name[0] for name in found] == list(classes)
 
 
 # ================================================================ end to end
@@ -63,7 +55,6 @@ def small(smoke):
         patch.setattr(study.study, 'base_model', open_once)
         patch.setattr(run.rules, 'SEARCH_TOKENS', 512)
         patch.setattr(study.frontier, 'BUDGETS', (0.75, 0.5))
-        patch.setattr(study.frontier, 'measure', partial(study.frontier.measure, seeds=2))
         patch.setattr(study.recipes, 'BATCH', 256)
         patch.setattr(study.recipes, 'STEPS', 3)
         yield
@@ -94,9 +85,9 @@ def rows_of(run, name='frontier/frontier'):
 
 def test_frontier_has_every_row_and_adds_up(studied):
     columns = by_budget(rows_of(studied))
-    assert set(METHODS) - set(columns['0.75 K']) == {'ada-k, dialled'}
-    assert set(METHODS) == set(columns['0.5 K'])
+    assert columns['0.75 K']['ada-k, dialled']['delta'] == columns['0.75 K']['ada-k']['delta']
     for rows in columns.values():
+        assert set(METHODS) == set(rows)
         for method in RULES:
             row = rows[method]
             target = 4 * (row['budget'] - 1 / 6) / (5 / 6)     # a stand-in costs a sixth of an expert
@@ -112,7 +103,7 @@ def test_frontier_has_every_row_and_adds_up(studied):
 
 def test_a_second_start_measures_what_is_missing_to_the_same_bits(copied, capsys):
     before = rows_of(copied)
-    for path in (copied / 'frontier').glob('ada-k-0.5-seed1.*'):
+    for path in (copied / 'frontier').glob('ada-k-0.5-seed0.*'):
         path.unlink()
     study.frontier.main([str(copied)])
     assert rows_of(copied) == before
@@ -147,9 +138,10 @@ def test_every_ablation_changes_the_recipe():
 def test_the_published_recipe_has_a_row_of_each_length(copied):
     study.recipes.main([str(copied), '--published'])
     assert [row['what'] for row in rows_of(copied, 'recipes/published')] == [
-        'default, 16,384 tokens',
-        'published, 4,096 tokens',
-        'published, 768 tokens',
+        'the default',
+        'published, as long',
+        'published, as long, its step in logits',
+        'published, whole',
     ]
 
 
