@@ -23,6 +23,7 @@ WAYS = {
     'published': 'published: goes to those that run',
     'rho': 'a fitted part of it does',
     'stand-ins': 'stays, with a stand-in',
+    'beyond': 'the same at the full budget, up to K + 1 run',
 }
 DOCUMENTS = 'README.md', 'study/README.md', 'scale/README.md', 'hub/README.md', 'assets/bench.md'
 
@@ -50,6 +51,8 @@ def costs(r):
     heads = [f'{name}: {who}' for name in bases for who in ('random-mix', 'best free rule', 'ada-k')]
     lines = []
     for way, title in WAYS.items():
+        if way not in r['deep']['ways']:
+            continue
         cells = []
         for base in bases.values():
             rows = {row['method']: row for row in base['ways'][way]['rows']}

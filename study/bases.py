@@ -8,8 +8,8 @@
     prose    top-2 of 8, 4 layers, English: the docstrings and comments of these sources
     many     many small experts, OLMoE in small: top-8 of 64, 4 layers, the text of deep
 
-Three times each: the weight of an expert that does not run goes to the others (published), or a fitted part
-of it (rho), or stand-ins take its place (run/standins.py).
+Four times each: the weight of an expert that does not run goes to the others (published), or a fitted part
+of it (rho), or stand-ins take its place (run/standins.py); and at the full budget with one expert beyond K.
 
 Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/bases-WAY.
 """
@@ -23,7 +23,13 @@ from study.study import BUDGET, Study
 from train import PRESETS, Settings
 
 BASES = 'deep', 'prose', 'fine', 'many'
-WAYS = 'published', 'rho', 'stand-ins'
+# {name: (changes to the Settings, budget)}
+WAYS = {
+    'published': ({'dropped': 'published'}, BUDGET),
+    'rho': ({'dropped': 'rho'}, BUDGET),
+    'stand-ins': ({}, BUDGET),
+    'beyond': ({'beyond': 1}, 1.0),
+}
 METHODS = *RULES, 'soft', 'ada-k'
 FEW_METHODS = *RULES, 'ada-k'
 
@@ -46,12 +52,12 @@ def main(argv=None):
         s = Settings(preset=name, **PRESETS[name])
         run = Path('out') / name
         of_ways = {}
-        for way in WAYS:
+        for way, (changes, budget) in WAYS.items():
             done = run / f'bases-{way}' / 'bases.json'
             if not done.exists():
-                study = Study(replace(s, dropped=way), open_out(run), done.parent.name)
+                study = Study(replace(s, **changes), open_out(run), done.parent.name)
                 methods = METHODS if way == s.dropped else FEW_METHODS
-                write_json(done, measure(study, [BUDGET], methods))
+                write_json(done, measure(study, [budget], methods))
             of_ways[way] = read_json(done)
         results[name] = {
             'budget': BUDGET,

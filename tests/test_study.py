@@ -115,7 +115,7 @@ def test_a_second_start_measures_what_is_missing_to_the_same_bits(copied, capsys
 def test_bases_put_together_what_is_there_and_measure_the_rest(copied, monkeypatch, capsys):
     there = read_json(copied / 'frontier/frontier.json')
     there['rows'] = [row for row in there['rows'] if row['budget'] == 0.75]
-    for way in ('published', 'stand-ins'):
+    for way in ('published', 'stand-ins', 'beyond'):
         (copied / f'bases-{way}').mkdir()
         write_json(copied / f'bases-{way}/bases.json', there)
     monkeypatch.setitem(PRESETS, 'fine', {**PRESETS['smoke'], **FEWER})
