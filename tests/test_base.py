@@ -48,13 +48,6 @@ def test_windows_predict_each_token_once_behind_what_stands_in_front():
     assert 9999 not in targets
 
 
-def test_a_limit_leaves_windows_that_are_spread_and_at_least_one():
-    inputs, _, _ = TEXT.windows(10, limit=40)
-    assert inputs[:, 0].tolist() == [0, 330, 660, 990]
-    inputs, _, _ = TEXT.windows(600, limit=100)
-    assert inputs.shape == (1, 600)
-
-
 def test_batches_show_every_token_before_any_twice():
     batches = TEXT.batches(4, 10, torch.Generator())
     seen = torch.cat([next(batches)[0] for _ in range(24)])

@@ -155,13 +155,18 @@ def test_gradients_of_moe_static_and_a_k_of_another_length_are_refused():
 
 # ---------------------------------------------------------------- selection
 
-@pytest.mark.parametrize('renormalise, right', [
-    (True, [[4 / 7, 3 / 7, 0], [1, 0, 0]]),
-    (False, [[.4, .3, 0], [.7, 0, 0]]),
+@pytest.mark.parametrize('k, renormalise, rho, eta, weights, left', [
+    (1, True, 1.0, 1.0, [9, 0, 0, 0], [0, 3, 2, 0]),           # as published
+    (1, False, 0.0, 1.0, [3.6, 0, 0, 0], [0, 2.7, 1.8, 0]),    # of a family that does not renormalise
+    (1, True, 0.0, 1.0, [4, 0, 0, 0], [0, 3, 2, 0]),           # kept
+    (2, True, 0.5, 1.0, [4 * 8 / 7, 3 * 8 / 7, 0, 0], [0, 0, 2, 0]),
+    (4, True, 0.0, 0.5, [4, 3, 2, 0.5], [0, 0, 0, 0]),         # one beyond K
+    (4, True, 1.0, 1.0, [3.6, 2.7, 1.8, 0.9], [0, 0, 0, 0]),
 ])
-def test_select_by_hand(renormalise, right):
-    probs = torch.tensor([[.1, .4, .2, .3], [.7, .1, .15, .05]])
-    how = Weighting(3, renormalise, rho=float(renormalise))
-    ids, weights, _ = select(probs, torch.tensor([2, 1]), 3, how)
-    assert ids.tolist() == [[1, 3, 2], [0, 2, 1]]
-    torch.testing.assert_close(weights, torch.tensor(right))
+def test_select_by_hand(k, renormalise, rho, eta, weights, left):
+    """In ninths, since of K = 3 the g are 4/9, 3/9, 2/9."""
+    probs = torch.tensor([[.1, .4, .2, .3]])
+    ids, *found = select(probs, torch.tensor([k]), 4, Weighting(3, renormalise, rho, eta))
+    assert ids.tolist() == [[1, 3, 2, 0]]
+    right = torch.tensor([weights, left]) / 9
+    torch.testing.assert_close(torch.cat(found), right)
