@@ -34,7 +34,7 @@ from hub.files import InputError, read_json, reading, write_json
 from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, one_line_errors, open_device,
                          peak_gb)
-from run.evaluate import Probe, bits_per_byte, calibrate, effective_documents, rewards
+from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import told, training_figure, write_log
 from run.standins import target_k
@@ -92,7 +92,7 @@ class Settings:
     entropy: float = 0.15           # bonus of a nat of entropy, in first prices of an expert
     weight_decay: float = 0.0
     # evaluation
-    heldout_tokens: int = 131072    # PPO's probe, and the text that knobs are set on: a quarter of this
+    heldout_tokens: int = 131072    # knobs are set on a quarter as many, of training text
 
 
 PRESETS = {
@@ -137,7 +137,6 @@ PAPER = dict(
 CLIP = 0.2              # eps of eq. 7, 8
 PRICE_RATE = 0.1        # relative change of the price per step and unit of (mean k - target) / K
 PRICE_DAMPING = 1.0     # and of what the last step alone says
-PROBES = 10             # how often in a run the probe is evaluated
 
 
 # ================================================================ PPO (eq. 4-11)
@@ -217,11 +216,11 @@ def rollout_reward(s, model, inputs, targets, rollout):
     return reward[1:], reward[0]
 
 
-def train_ppo(s, model, allocators, first, text, log, probe=None, state=None):
+def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
     """PPO from a first price. Appends one dict per step to `log`; changes `allocators` in place.
 
-    probe: windows of other text, on which what training gains is seen. state: a file that holds the run's
-    state after every s.save_every steps and on an interrupt, for --resume; it needs a probe.
+    state: a file that holds the run's state after every s.save_every steps and on an interrupt, for --resume;
+    facts: what it depends on beside the settings.
     """
     L = len(model.config.moe_layers)
     rank, size = ranks()
@@ -229,17 +228,12 @@ def train_ppo(s, model, allocators, first, text, log, probe=None, state=None):
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
-    facts = {}
-    if probe:
-        probe = Probe(model, probe, allocators)
-        facts['start_loss'] = probe.start.mean().item()      # tells another base model or text by its number
     if s.resume:
         log += load_state(state, s, facts, allocators, optimizer, generator)
         for _ in log:                                          # these batches are done
             next(batches)
         print(f'resumed after step {len(log)} of {s.ppo_steps}')
     progress = Progress('ppo', s.ppo_steps, done=len(log))
-    probed = {}
     with Interrupt() as interrupt:
         for step in range(len(log) + 1, s.ppo_steps + 1):
             batch = [part[mine].to(s.device) for part in next(batches)]     # (B,T) each
@@ -249,12 +243,9 @@ def train_ppo(s, model, allocators, first, text, log, probe=None, state=None):
             price = next_price(s, first, log, model.config)
             row = ppo_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             last = step == s.ppo_steps
-            if probe and (last or step % max(1, s.ppo_steps // PROBES) == 0):
-                probed = probe.look(allocators, price)
-                row.update(probed)
             log.append(row)
             tokens = step * s.group * s.ppo_batch * s.seq
-            progress(step, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price, **probed)
+            progress(step, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price)
             stop = any(gathered(interrupt.asked))              # all ranks stop, or none
             if state and (last or stop or step % s.save_every == 0):
                 save_state(state, s, facts, allocators, optimizer, generator, log)
@@ -282,7 +273,7 @@ def run(s, out):
         seconds[stage] = time.monotonic() - start - sum(seconds.values())
 
     # base model and text
-    model, tokenizer, (text, calibration, heldout) = base_model(s, out)
+    model, tokenizer, (text, _, heldout) = base_model(s, out)
     c = model.config
     check_budget(s, c.top_k)
     lap('base')
@@ -293,12 +284,13 @@ def run(s, out):
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
     log = []
+    digest = base_digest(base_folder(s, out))
+    facts = {'base': digest, 'length of the text': len(text.tokens)}
     state = out / 'state.pt'
     if state.exists() and not s.resume:
         print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
     try:
-        probe = calibration.windows(s.seq, s.heldout_tokens // 4)
-        train_ppo(s, model, allocators, price, text, log, probe, state)
+        train_ppo(s, model, allocators, price, text, log, state, facts)
     except KeyboardInterrupt:
         print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; --resume goes on from {state}')
         leave(130)
@@ -318,7 +310,6 @@ def run(s, out):
     memory = max(gathered(peak_gb()))
     if ranks()[0] > 0:
         return
-    digest = base_digest(base_folder(s, out))
     path = out / 'allocator.safetensors'
     allocators.save(path, digest, budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
     standins.save(out, fitted, digest)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import ppo
-from allocator import AdaK, Counted, find_knob
+from allocator import Counted, find_knob
 from moe_dispatch import flops
 from run.ranks import gathered, ranks
 from scale.memory import LOGITS, sequences_of_pass
@@ -141,28 +141,3 @@ def flops_shares(config, tally, T, rank, allocator_params=0):
         'expert_flops': ours['experts'] / topk['experts'],
         'total_flops': ours['total'] / topk['total'],
     }
-
-
-class Probe:
-    """What PPO gains against its start, on windows of text that it does not train on."""
-
-    def __init__(self, model, windows, allocators):
-        self.model = model
-        self.windows = windows
-        self.start, self.start_k = self.measure(allocators)
-
-    def measure(self, allocators):
-        """(loss (n*T,), mean k) as the allocators are now."""
-        [(nats, tally)] = evaluate(self.model, self.windows, [AdaK(allocators)])
-        return nats, tally.mean()
-
-    def look(self, allocators, price):
-        """Numbers for the log; 'gain' is of what PPO minimises, the loss and the price of the experts."""
-        nats, mean_k = self.measure(allocators)
-        change = (nats - self.start).numpy()
-        more_experts = len(self.model.config.moe_layers) * (mean_k - self.start_k)
-        return {
-            'gain': change.mean().item() + price * more_experts,
-            'gain_se': clustered_error(change, self.windows[2].flatten()),
-            'probe_k': mean_k,
-        }

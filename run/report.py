@@ -48,7 +48,7 @@ def told(results):
 def write_log(path, log):
     """A list of dicts as a .csv file."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(log[-1]))               # every number is of the last step too
+    writer = csv.DictWriter(text, list(log[-1]))
     writer.writeheader()
     writer.writerows(log)
     write_whole(path, lambda f: f.write(text.getvalue().encode()))
@@ -60,20 +60,12 @@ def save_figure(fig, path):
 
 
 def training_figure(path, log, top_k, target):
-    """Left: loss and price of experts that PPO saves against its start, on a fixed probe. Right: mean k."""
+    """Left: the mean reward of the rollouts (eq. 6). Right: the mean of the most probable k."""
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3.4))
-    probed = [row for row in log if 'gain' in row]
-    steps = [row['step'] for row in probed]
-    gain = [1000 * row['gain'] for row in probed]
-    error = [1000 * row['gain_se'] for row in probed]
-    a.errorbar(steps, gain, error, marker='o')
-    a.axhline(0, color='black', linestyle=':')                              # the start
-    a.set(
-        xlabel='PPO step',
-        ylabel='minus the start (10⁻³ nats/token)',
-        title='loss + price of the experts on a probe',
-    )
-    b.plot(range(1, len(log) + 1), [row['argmax_k'] for row in log])
+    steps = [row['step'] for row in log]
+    a.plot(steps, [row['reward'] for row in log])
+    a.set(xlabel='PPO step', ylabel='nats per token', title='reward of the rollouts')
+    b.plot(steps, [row['argmax_k'] for row in log])
     if target:
         b.axhline(target, color='black', linestyle=':')                     # the budget
     b.set(

@@ -81,11 +81,10 @@ def in_state(s):
 def save_state(path, s, facts, allocators, optimizer, generator, log):
     """All that PPO needs to go on: weights, Adam's averages, random state; the price is in the log.
 
-    facts: {name: number} that tell the base model and the text. The file is written whole or not at all.
+    facts: {name: value} that tell the base model and the text. The file is written whole or not at all.
     """
     state = {
-        'settings': in_state(s),
-        'facts': facts,
+        'settings': {**in_state(s), **facts},
         'log': log,
         'allocators': allocators.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -101,15 +100,10 @@ def load_state(path, s, facts, allocators, optimizer, generator):
     """
     with reading(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
-        for name, ours in in_state(s).items():
+        for name, ours in {**in_state(s), **facts}.items():
             theirs = state['settings'][name]
             if theirs != ours:
                 raise InputError(f'--resume: {path} is of a run with {name} {theirs}, this one has {ours}')
-        for name, new in facts.items():
-            old = state['facts'][name]
-            if abs(old - new) > 1e-3:
-                raise InputError(f'--resume: {path} is of another base model or text: '
-                                 f'{name} was {old}, now it is {new}')
         allocators.load_state_dict(state['allocators'])
         optimizer.load_state_dict(state['optimizer'])
         generator.set_state(state['generator'])

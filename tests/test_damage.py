@@ -118,7 +118,7 @@ def test_damage_to_a_state_is_one_line_or_it_is_read(tmp_path):
     path = tmp_path / 'state.pt'
     allocators = Allocators(tiny_config(), 6, True)
     optimizer = torch.optim.AdamW(allocators.parameters())
-    parts = path, Settings(), {'base_loss': 5.0}, allocators, optimizer, torch.Generator()
+    parts = path, Settings(), {'base': 'a'}, allocators, optimizer, torch.Generator()
     save_state(*parts, [{'step': 1, 'price': 0.1}])
 
     def read(folder):

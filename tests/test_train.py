@@ -73,7 +73,7 @@ def test_a_loss_of_nan_leaves_the_last_good_state_and_no_step_changes_the_base(t
     monkeypatch.setattr(train, 'rollout_reward', reward)
     path = tmp_path / 'state.pt'
     with pytest.raises(InputError, match='step 6'):
-        train.train_ppo(s, model, allocators, price, text, log, text.windows(16, 256), path)
+        train.train_ppo(s, model, allocators, price, text, log, path)
     state = torch.load(path, weights_only=True)
     assert len(state['log']) == 4
     assert all(t.isfinite().all() for t in state['allocators'].values())
