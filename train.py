@@ -79,7 +79,7 @@ class Settings:
     base_steps: int = 900
     # what becomes of the weight of an expert that does not run (run/standins.py)
     dropped: str = 'stand-ins'      # 'published': the others get it; 'rho': a fitted part of it; 'stand-ins'
-    rank: int | None = None         # of the stand-ins; None: an eighth of C
+    rank: int | None = None         # of the stand-ins; None: run/standins.py:rank_of
     beyond: int = 0                 # experts beyond K that a token may run
     # allocators
     extended: bool = True           # do they see the router's sorted probabilities too?
@@ -347,7 +347,7 @@ def parse(argv, doc=__doc__):
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
     p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],
                    help='what gets the weight of an expert that does not run (run/standins.py)')
-    p.add_argument('--rank', type=int, help='of the stand-ins (default: an eighth of C)')
+    p.add_argument('--rank', type=int, help='of the stand-ins (default: an eighth of C, less where experts are small)')
     p.add_argument('--beyond', type=int, help='experts beyond K that a token may run (default 0); '
                                               '1 is better than top-k from a budget of 0.9 on')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')

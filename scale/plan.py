@@ -30,7 +30,7 @@ GPUS = {
 }
 HOW = {'plain': 1, 'stream': 1, 'shard': 8}             # where the weights are: ranks
 START_SWEEPS = 8        # over SEARCH_TOKENS, for each layer
-SWEEPS = 25             # over the held-out tokens: calibrations, comparison, and the probes of PPO
+SWEEPS = 25             # over the held-out tokens: calibrations and the comparison
 
 
 def run_flops(s, config):
