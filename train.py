@@ -347,7 +347,7 @@ def parse(argv, doc=__doc__):
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
     p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],
                    help='what gets the weight of an expert that does not run (run/standins.py)')
-    p.add_argument('--rank', type=int, help='of the stand-ins (default: an eighth of C, less where experts are small)')
+    p.add_argument('--rank', type=int, help='of the stand-ins (default: C / 8, less for small experts)')
     p.add_argument('--beyond', type=int, help='experts beyond K that a token may run (default 0); '
                                               '1 is better than top-k from a budget of 0.9 on')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
