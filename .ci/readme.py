@@ -58,8 +58,8 @@ def costs(r):
         lines.append([title, *cells])
     full = [f'{loss(rows_of(base, "beyond")["ada-k"])} on {name}' for name, base in bases.items()]
     return (f'{markdown(["the weight of a dropped expert", *heads], lines)}\n\n'
-            f'With all FLOPs of top-k and one expert beyond K, `--budget 1 --beyond 1`, Ada-K is better than top-k: '
-            f'{", ".join(full)}. ({note_of(r["deep"])})')
+            f'With all FLOPs of top-k, `--budget 1 --beyond 1`, Ada-K gains: {", ".join(full)}. '
+            f'({note_of(r["deep"])})')
 
 
 def rows_of(base, way):

@@ -90,7 +90,7 @@ def test_frontier_has_every_row_and_adds_up(studied):
         assert set(METHODS) == set(rows)
         for method in RULES:
             row = rows[method]
-            target = 4 * (row['budget'] - 1 / 6) / (5 / 6)     # a stand-in costs a sixth of an expert
+            target = 4 * (row['budget'] - 1 / 24) / (23 / 24)  # a stand-in costs a 24th of an expert
             assert row['mean_k'] == pytest.approx(target, rel=0.05)
         ada = rows['ada-k']
         assert ada['best_free']['method'] in RULES             # the best one on training text
@@ -103,7 +103,7 @@ def test_frontier_has_every_row_and_adds_up(studied):
 
 def test_a_second_start_measures_what_is_missing_to_the_same_bits(copied, capsys):
     before = rows_of(copied)
-    for path in (copied / 'frontier').glob('ada-k-0.5-seed0.*'):
+    for path in (copied / 'frontier').glob('ada-k-0.6-seed0.*'):
         path.unlink()
     study.frontier.main([str(copied)])
     assert rows_of(copied) == before
