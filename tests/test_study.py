@@ -103,7 +103,7 @@ def test_frontier_has_every_row_and_adds_up(studied):
 
 def test_a_second_start_measures_what_is_missing_to_the_same_bits(copied, capsys):
     before = rows_of(copied)
-    for path in (copied / 'frontier').glob('ada-k-0.6-seed0.*'):
+    for path in (copied / 'frontier').glob('ada-k-0.5-seed0.*'):
         path.unlink()
     study.frontier.main([str(copied)])
     assert rows_of(copied) == before
