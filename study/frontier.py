@@ -139,7 +139,7 @@ def figure(path, columns):
     ax.invert_yaxis()                                          # the first method on top
     ax.axvline(0, color='black')
     ax.set(xlabel='loss minus top-k (10⁻³ nats/token)')
-    ax.legend()
+    ax.legend(loc='lower right')
     save_figure(fig, path)
 
 
