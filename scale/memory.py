@@ -1,4 +1,5 @@
 """scale/memory.py: does it fit? Bytes of weights and of PPO beside them, counted before anything is read."""
+import os
 import re
 from pathlib import Path
 
@@ -75,8 +76,10 @@ def free_memory(device):
     """Bytes that this process may still take on a device."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path('/proc/meminfo').read_text()
-    available = re.search(r'MemAvailable: *(\d+)', meminfo)[1]              # in KiB
+    meminfo = Path('/proc/meminfo')
+    if not meminfo.exists():                                   # macOS tells only what the machine has
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    available = re.search(r'MemAvailable: *(\d+)', meminfo.read_text())[1]  # in KiB
     return 1024 * int(available)
 
 
