@@ -38,6 +38,8 @@ def attach(model, policy, fitted=None):
         base = weights_digest(digest_weights(blocks))
         fitted = standins.of_run(Path(policy).parent, base)
         policy = AdaK(Allocators.load(policy, config, base))
+    if policy.k_max > config.n_experts:
+        raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
     undo = tally.undo.callback
     eager = torch.compiler.disable                             # a compiled hook would not count

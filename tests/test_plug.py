@@ -312,6 +312,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     model = opened()
     with pytest.raises(InputError, match='another base model'):
         attach(model, saved(GOLDEN / 'mixtral-2', tmp_path))
+    with pytest.raises(InputError, match='up to 99 experts'):
+        attach(model, TopK(99))
     with pytest.raises(InputError, match='no policy is attached'):
         detach(model)
     attach(model, TopK(1))
