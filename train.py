@@ -299,8 +299,8 @@ def run(s, out):
 
     # evaluation
     if s.price is None:
-        dial = families.windows
-        knob = calibrate(model, dial, lambda price: AdaK(allocators, price), target_k(s, c), 2, -2)
+        knob = calibrate(model, families.windows, lambda price: AdaK(allocators, price),
+                         target_k(s, c), 2, -2)
         allocators.price.fill_(knob)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     rows = compare(s, model, allocators, families, windows)
@@ -310,8 +310,8 @@ def run(s, out):
     memory = max(gathered(peak_gb()))
     if ranks()[0] > 0:
         return
-    path = out / 'allocator.safetensors'
-    allocators.save(path, digest, budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
+    allocators.save(out / 'allocator.safetensors', digest,
+                    budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
     standins.save(out, fitted, digest)
     write_log(out / 'log.csv', log)
     results = {

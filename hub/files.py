@@ -23,7 +23,7 @@ def reading(path):
     except InputError:
         raise
     except OSError as e:
-        raise InputError(f'{path}: {e.strerror}') from None
+        raise InputError(f'{path}: {e.strerror or e}') from None
     except Exception as e:
         cause = ' '.join(f'{type(e).__name__} {e}'.split())[:100]
         raise InputError(f'{path}: damaged, or of another version ({cause})') from None

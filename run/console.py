@@ -107,9 +107,8 @@ def check_budget(s, top_k):
 class Progress:
     """Step, numbers, tokens per second and time left, on stderr.
 
-    On a terminal one line that is updated, elsewhere a line every ten seconds.
-
-    done: steps of an earlier process.
+    On a terminal one line that is updated, elsewhere a line every ten seconds. `done`: steps of an earlier
+    process.
     """
 
     def __init__(self, stage, steps, done=0):
@@ -126,7 +125,7 @@ class Progress:
             return
         terminal = sys.stderr.isatty()
         self.next = now + (0.2 if terminal else 10)
-        seconds = (now - self.start) / (step - self.done)      # of a step
+        seconds = max(now - self.start, 1e-9) / (step - self.done)         # of a step
         left = seconds * (self.steps - step)
         line = f'{self.stage} {step}/{self.steps}'
         for name, value in numbers.items():
@@ -160,7 +159,7 @@ def one_line_errors(script, main, argv=None):
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
             line = 'memory ran out: --stream, a smaller --ppo-batch or --seq need less'
-        elif 'WORLD_SIZE' in os.environ and re.search('(?i)connection|nccl|timed out', str(e)):
+        elif ranks()[1] > 1 and re.search('(?i)connection|nccl|timed out', str(e)):
             line = 'another rank is gone; train.py --resume goes on from the last saved state'
         else:
             raise

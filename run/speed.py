@@ -18,7 +18,7 @@ from hub.config import to_hf
 from hub.plug import attach
 from model import generate
 from run.report import markdown
-from run.standins import StandIns
+from run.standins import StandIns, default_rank
 from run.timing import interleaved, summary
 from scale.graph import graph_decoder
 
@@ -77,9 +77,10 @@ def theirs(twin, way, prompt, n):
 # ================================================================ whole models beside each other
 
 def random_standins(model):
-    """Stand-ins of rank C / 8 with random weights for every MoE layer: they cost what fitted ones cost."""
+    """Stand-ins with random weights for every MoE layer: they cost what fitted ones cost."""
     c = model.config
-    sizes = (c.dim // 8, c.dim), (c.dim, c.dim // 8), (c.dim,)
+    rank = default_rank(c)
+    sizes = (rank, c.dim), (c.dim, rank), (c.dim,)
     like = model.norm.weight
     return [StandIns(*(like.new_ones(c.n_experts, *size).normal_() for size in sizes)) for _ in c.moe_layers]
 

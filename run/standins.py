@@ -28,13 +28,15 @@ FEW_TOKENS = 8          # on a CPU, up to here StandIns.one_by_one is faster
 
 
 def rank_of(s, config):
-    """The rank of the stand-ins of a run: 0 where there are none.
-
-    By default an eighth of C, less where experts are small: a stand-in costs at most an 18th of one.
-    """
+    """The rank of the stand-ins of a run: 0 where there are none."""
     if s.dropped != 'stand-ins':
         return 0
-    return s.rank or max(1, min(config.dim // 8, config.expert_dim // 12))
+    return s.rank or default_rank(config)
+
+
+def default_rank(config):
+    """An eighth of C, less where experts are small: a stand-in costs at most an 18th of one."""
+    return max(1, min(config.dim // 8, config.expert_dim // 12))
 
 
 def rank_in(model):

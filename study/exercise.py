@@ -21,7 +21,6 @@ from run.console import OneLineParser, one_line_errors
 # the project's folder, also from within a copy
 ROOT = Path(re.sub('(/out/exercise/[^/]+)?/study/exercise.py$', '', __file__))
 COPIES = ROOT / 'out/exercise'
-NOT_COPIED = shutil.ignore_patterns('__pycache__')
 EXERCISES = tomllib.loads(Path(__file__).with_name('exercises.toml').read_text('utf-8'))
 
 
@@ -49,7 +48,11 @@ def make(exercise, folder):
         if path.is_file():
             shutil.copy(path, new)
         elif any(path.glob('*.py')):                           # not what was trained or downloaded
-            shutil.copytree(path, new / path.name, ignore=NOT_COPIED, dirs_exist_ok=True)
+            shutil.copytree(
+                path,
+                new / path.name,
+                ignore=shutil.ignore_patterns('__pycache__'),
+                dirs_exist_ok=True)
     file = exercise['where'].split(':')[0]
     (new / file).write_text(blanked((ROOT / file).read_text(), exercise))
     new.rename(folder)                                         # whole, or not there at all

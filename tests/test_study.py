@@ -85,9 +85,9 @@ def rows_of(run, name='frontier/frontier'):
 
 def test_frontier_has_every_row_and_adds_up(studied):
     columns = by_budget(rows_of(studied))
-    assert columns['0.75 K']['ada-k, dialled']['delta'] == columns['0.75 K']['ada-k']['delta']
+    assert set(METHODS) - set(columns['0.75 K']) == {'ada-k, dialled'}      # is trained there
+    assert set(METHODS) == set(columns['0.5 K'])
     for rows in columns.values():
-        assert set(METHODS) == set(rows)
         for method in RULES:
             row = rows[method]
             target = 4 * (row['budget'] - 1 / 24) / (23 / 24)  # a stand-in costs a 24th of an expert
