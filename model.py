@@ -117,21 +117,20 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(kv_dim, c.norm_eps)
 
     def forward(self, x, rope, mask, layer, cache):
-        B, T, C = x.shape
         q = self.q_proj(x)                                                  # (B,T,H*D)
         k = self.k_proj(x)                                                  # (B,T,kv heads*D)
         v = self.v_proj(x)
-        heads = B, T, -1, self.head_dim
+        heads = -1, self.head_dim
         if self.qk_norm == 'all':
             q = self.q_norm(q)
             k = self.k_norm(k)
         elif self.qk_norm == 'head':
-            q = self.q_norm(q.view(heads)).flatten(2)
-            k = self.k_norm(k.view(heads)).flatten(2)
+            q = self.q_norm(q.unflatten(-1, heads)).flatten(2)
+            k = self.k_norm(k.unflatten(-1, heads)).flatten(2)
         # queries and keys turn together: fewer kernels
         qk = torch.cat([q, k], dim=-1)
-        qk = qk.view(heads).transpose(1, 2)                                 # (B,all heads,T,D)
-        v = v.view(heads).transpose(1, 2)                                   # (B,kv heads,T,D)
+        qk = qk.unflatten(-1, heads).transpose(1, 2)                        # (B,all heads,T,D)
+        v = v.unflatten(-1, heads).transpose(1, 2)                          # (B,kv heads,T,D)
         n_heads = qk.shape[1] - v.shape[1]
         q, k = rotate(qk, *rope).tensor_split((n_heads,), dim=1)
         if cache is not None:
@@ -139,10 +138,10 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
-            is_causal=mask is None and T > 1,
+            is_causal=mask is None and x.shape[1] > 1,
             enable_gqa=True,
         )                                                                   # (B,H,T,D)
-        y = y.transpose(1, 2).reshape(B, T, -1)                             # (B,T,H*D)
+        y = y.transpose(1, 2).flatten(2)                                    # (B,T,H*D)
         return self.o_proj(y)
 
 
@@ -257,6 +256,10 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
+
+    def visit(self):
+        """The layers in order, each with its weights until the next is asked for."""
+        return self.layers
 
     def hidden_of(self, passes):
         """[(tokens (B,T), choose_k), ..] -> [hidden states (B,T,C), ..].

@@ -21,38 +21,39 @@ def evaluate(model, windows, policies, expected=False):
     """The loss of every token under each policy, and the policy's tally: [((n*T,) float64 CPU, Counted), ..].
 
     In nats, of the text's own next token; or with `expected` the loss that a policy costs, expected under the
-    top-k prediction: KL(p_topk || p), without the luck of the text. Under several ranks each takes its part
-    of the windows, and all have the whole result.
+    top-k prediction: KL(p_topk || p), without the luck of the text.
     """
-    rank, size = ranks()
-    inputs = windows[0].tensor_split(size)[rank].to(model.device)           # (n/ranks,T)
-    targets = windows[1].tensor_split(size)[rank].to(model.device)
     n_layers = len(model.config.moe_layers)
     tallies = [Counted(policy, n_layers, model.device) for policy in policies]
     deciders = [None, *tallies] if expected else tallies       # None: top-k
-    losses = [torch.zeros(len(deciders), 0)]
-    most = -(-len(windows[0]) // size)                         # windows of the rank that has most
-    T = inputs.shape[1]
+    T = windows[0].shape[1]
     of_pass = sequences_of_pass(T)                             # windows
-    few = max(of_pass, model.tokens_per_visit // T)            # windows of a sweep over the layers
-    for at in range(0, most, few):                             # on every rank, even if nothing is left for it
-        x = inputs[at:at + few]
-        y = targets[at:at + few]
+
+    def losses(inputs, targets):
         passes = []
         for policy in deciders:
-            for batch in x.split(of_pass):
-                if len(batch):
-                    passes.append((batch, policy))
-        hidden = model.hidden_of(passes)
-        if passes:
-            hidden = torch.cat(hidden)
-            hidden = hidden.view(len(deciders), x.numel(), -1)              # (deciders,P,C)
-            reward = rewards(model, hidden, y.flatten(), expected)
-            losses.append(-reward.cpu().double())
-    loss = torch.cat(gathered(torch.cat(losses, dim=1)), dim=1)             # (deciders,n*T)
+            passes += [(batch, policy) for batch in inputs.split(of_pass)]
+        hidden = torch.cat(model.hidden_of(passes))
+        hidden = hidden.view(len(deciders), -1, model.config.dim)           # (deciders,P,C)
+        return -rewards(model, hidden, targets.flatten(), expected)
+    few = max(of_pass, model.tokens_per_visit // T)            # windows of a sweep over the layers
+    loss = by_parts(model, windows, few, losses)[-len(policies):]           # (policies,n*T)
     for tally in tallies:
         tally.counts = sum(gathered(tally.counts.cpu()))
-    return list(zip(loss[-len(policies):], tallies))
+    return list(zip(loss.double(), tallies))
+
+
+def by_parts(model, windows, few, see):
+    """see(inputs, targets), (any,P,..), of all windows, a few at a time -> (any,n*T,..) on the CPU.
+
+    Under several ranks each takes its part of the windows, and all have the whole result. `see` is called
+    equally often on all of them, on some with no windows left.
+    """
+    rank, size = ranks()
+    inputs, targets = (part.tensor_split(size)[rank].to(model.device) for part in windows[:2])
+    most = -(-len(windows[0]) // size)                         # windows of the rank that has most
+    found = [see(inputs[at:at + few], targets[at:at + few]).cpu() for at in range(0, most, few)]
+    return torch.cat(gathered(torch.cat(found, dim=1)), dim=1)
 
 
 def rewards(model, hidden, targets, expected):

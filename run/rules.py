@@ -7,6 +7,8 @@
 Each is a family of policies with one knob, mean k. Which is best is measured on training text by the loss
 expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
+import itertools
+import math
 from functools import partial
 
 import numpy as np
@@ -15,12 +17,11 @@ import torch.nn.functional as F
 
 from allocator import RandomMix, Skip, TopK, TopP, Watched, tail_ratios
 from run.console import Progress
-from run.evaluate import calibrate, evaluate
-from run.ranks import gathered, ranks
+from run.evaluate import by_parts, calibrate, evaluate, rewards
 from scale.memory import sequences_of_pass
 
 STEPS = 8               # `greedy` takes steps of about K / STEPS experts
-SEARCH_TOKENS = 8192    # its steps are measured on: L * STEPS sweeps
+SEARCH_TOKENS = 8192    # its steps are measured on
 FAMILIES = 'one beta', 'per layer', 'greedy'
 
 
@@ -36,7 +37,7 @@ class SkipFamilies:
         self.steps = {}                                        # {around: what the steps of each layer cost}
         self.best = {}                                         # {mean k: the name of the best family there}
         self.few_windows = [part[::apart] for part in windows]
-        self.tails = tails(model, windows[0])                               # (L,P,K-1)
+        self.tails = tails(model, windows)                                  # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
 
@@ -60,32 +61,57 @@ class SkipFamilies:
         All layers start at K; the cheapest next step of any layer is taken until the mean is reached, the
         last one in part.
         """
-        layers = range(self.L)
         if around not in self.steps:
-            progress = Progress('greedy shares', self.L)
-            self.steps[around] = []
-            for layer in layers:
-                self.steps[around].append(self.steps_down(layer, around))
-                progress(layer + 1, None)
+            self.steps[around] = self.steps_down(around)
         steps = self.steps[around]
         size = self.levels[0] - self.levels[1]                 # of a step, in experts
         taken = [0] * self.L
         left = self.L * (self.K - mean_k) / size               # steps to take
         while left > 1e-9:
-            layer = min(layers, key=lambda layer: steps[layer][taken[layer]])
+            layer = min(range(self.L), key=lambda layer: steps[layer][taken[layer]])
             taken[layer] += min(1, left)
             left -= 1
         return [self.K - size * n for n in taken]
 
-    def steps_down(self, layer, around):
-        """[what each step of a layer from K down to 1 costs in nats, the others at `around`; then inf]"""
-        shares = [around] * self.L
-        policies = []
-        for level in self.levels:
-            shares[layer] = level
-            policies.append(Skip(betas_at(self.tails, shares), self.K))
-        nats = [cost for cost, _ in self.costs(policies, self.few_windows)]
-        return [*np.diff(nats), np.inf]
+    def steps_down(self, around):
+        """Of every layer [what its steps from K down to 1 cost in nats, the others at `around`; then inf]."""
+        at_around, *at_levels = [
+            Skip(betas_at(self.tails, [mean_k] * self.L), self.K)
+            for mean_k in (around, *self.levels)
+        ]
+        n = len(self.few_windows[0])
+        few = max(1, sequences_of_pass(self.few_windows[0].shape[1]) // self.L)
+        progress = Progress('greedy shares', n)
+        begun = itertools.count(few, few)
+
+        def of_part(inputs, targets):
+            hidden = self.varied(inputs, at_around, at_levels)
+            progress(min(next(begun), n), None)
+            return -rewards(self.model, hidden, targets.flatten(), expected=True)[1:]
+        nats = by_parts(self.model, self.few_windows, few, of_part).mean(1)  # (L*levels,)
+        steps = nats.view(self.L, -1).diff()
+        return F.pad(steps, (0, 1), value=math.inf).tolist()
+
+    @torch.no_grad()
+    def varied(self, tokens, around, levels):
+        """Last states of tokens (B,T) under top-k, and with each layer at every level, the others `around`.
+
+        In one sweep over the layers: those before the one that is varied are not run again for it.
+        -> (1+L*levels,B*T,C)
+        """
+        model = self.model
+        x = model.embed_tokens(tokens)                                      # (B,T,C) with no layer varied yet
+        positions = model.positions(tokens.shape[1], None, x.dtype)
+        top_k, *others = [x]
+        for layer in model.visit():
+            def run(x, policy):
+                return layer(x, *positions, None, policy)
+            top_k = run(top_k, None)
+            others = [run(other, around) for other in others]
+            if not layer.dense:
+                others += [run(x, level) for level in levels]
+            x = run(x, around)
+        return model.norm(torch.stack([top_k, *others])).flatten(1, 2)
 
     def costs(self, policies, windows):
         """[(nats per token that a policy costs, its mean k), ..]"""
@@ -107,16 +133,15 @@ def look(model, inputs, see):
     return seen
 
 
-def tails(model, inputs):
-    """Skip's ratios of every layer and token under the model's own top-k: inputs (B,T) -> (L,B*T,K-1)."""
+def tails(model, windows):
+    """Skip's ratios of every layer and token of windows under the model's own top-k: (L,n*T,K-1)."""
     def ratios(layer, x, probs):
         p = probs.topk(model.config.top_k, dim=-1).values
         return tail_ratios(p)
-    rank, size = ranks()
-    of_pass = sequences_of_pass(inputs.shape[1])
-    mine = inputs.tensor_split(size)[rank]
-    found = [torch.stack(look(model, part, ratios)) for part in mine.split(of_pass)]        # (L,.,K-1) each
-    return torch.cat(gathered(torch.cat(found, dim=1).cpu()), dim=1)
+
+    def of_part(inputs, targets):
+        return torch.stack(look(model, inputs, ratios))
+    return by_parts(model, windows, sequences_of_pass(windows[0].shape[1]), of_part)
 
 
 def betas_at(ratios, mean_k):

@@ -29,8 +29,8 @@ GPUS = {
     'H100': (494.5e12, 51.2e9),
 }
 HOW = {'plain': 1, 'stream': 1, 'shard': 8}             # where the weights are: ranks
-START_SWEEPS = 8        # over SEARCH_TOKENS, for each layer
-SWEEPS = 25             # over the held-out tokens: calibrations and the comparison
+START_SWEEPS = 4        # over SEARCH_TOKENS, for each layer
+SWEEPS = 30             # over the held-out tokens: the search, calibrations and the comparison
 
 
 def run_flops(s, config):
@@ -63,7 +63,7 @@ def plan(s, machines):
     for how, size in HOW.items():
         memory[how] = weight_bytes(config, itemsize, how, size) + working // size
     work = run_flops(s, config)
-    sweeps = s.ppo_steps + len(config.moe_layers) + SWEEPS
+    sweeps = s.ppo_steps + SWEEPS
     hours = {}
     for name, (rate, transfer) in machines.items():
         seconds = max(work / rate, sweeps * itemsize * layers / transfer)

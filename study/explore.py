@@ -90,7 +90,7 @@ def explore(model, tokenizer, ids, T, allocators):
         knob = find_knob(measured, mean_k, low, high, policy_of(high).k_max)
         return {'knob': knob, **row(policy_of(knob))}
 
-    families = SkipFamilies(model, [windows])
+    families = SkipFamilies(model, [windows, windows])
     dials = {                   # the policy of a knob, the knobs of 1 expert and of all that it may run
         'ada-k': (lambda price: AdaK(allocators, price), DEAREST, -DEAREST),
         'skip': (lambda mean_k: families.policy('per layer', mean_k), 1, K),

@@ -42,6 +42,18 @@ def test_greedy_shares_by_hand(mean_k, shares, families, monkeypatch):
     assert families.greedy_shares(mean_k, 3) == shares
 
 
+def test_one_sweep_over_the_layers_costs_what_whole_passes_do(families):
+    steps = families.steps_down(3)
+    for layer in range(3):
+        policies = []
+        for mean_k in families.levels:
+            shares = [3] * 3
+            shares[layer] = mean_k
+            policies.append(Skip(betas_at(families.tails, shares), 4))
+        nats, _ = zip(*families.costs(policies, families.few_windows))
+        assert steps[layer] == pytest.approx([*np.diff(nats), np.inf], abs=1e-6)
+
+
 def test_families_have_their_mean_k_and_the_best_costs_least(families):
     policies = [families.policy(family, 3) for family in FAMILIES]
     nats, mean_k = zip(*families.costs(policies, families.windows))
