@@ -70,13 +70,13 @@ class Settings:
     # text and base model
     documents: int = 10 ** 9        # at most so many
     n_vocab: int = 1024
-    n_layers: int = 8
+    n_layers: int = 6
     dim: int = 64
-    n_heads: int = 4
+    n_heads: int = 2
     n_experts: int = 8
     top_k: int = 2
     expert_dim: int = 224            # 3.5 C, as Mixtral
-    base_steps: int = 900
+    base_steps: int = 1000
     # what becomes of the weight of an expert that does not run (run/standins.py)
     dropped: str = 'stand-ins'      # 'published': the others get it; 'rho': a fitted part of it; 'stand-ins'
     rank: int | None = None         # of the stand-ins; None: run/standins.py:rank_of
@@ -95,15 +95,16 @@ class Settings:
     heldout_tokens: int = 131072    # knobs are set on a quarter as many, of training text
 
 
+WIDE = dict(n_layers=4, dim=128, n_heads=4, base_steps=900)
 PRESETS = {
     # Mixtral in small: top-2 of 8
     'deep': {},
     # twice as many experts, half as large, and as many as Qwen1.5-MoE runs
-    'fine': dict(n_layers=4, dim=128, n_experts=16, top_k=4, expert_dim=96),
+    'fine': dict(**WIDE, n_experts=16, top_k=4, expert_dim=96),
     # many small experts, OLMoE in small
-    'many': dict(n_layers=4, dim=128, n_experts=64, top_k=8, expert_dim=48),
+    'many': dict(**WIDE, n_experts=64, top_k=8, expert_dim=48),
     # English instead of code: the docstrings and comments of the standard library
-    'prose': dict(prose=True, n_layers=4, dim=128, expert_dim=192),
+    'prose': dict(**WIDE, prose=True, expert_dim=192),
     'smoke': dict(
         documents=60,
         n_vocab=320,
