@@ -1,20 +1,24 @@
 """study/recipes.py: which part of the recipe does what -> RUN/recipes/ablations.json or published.json.
 
-    python -m study.recipes out/fine               one change at a time, few PPO steps: ten minutes
+    python -m study.recipes out/fine               one change at a time, few PPO steps: half an hour
     python -m study.recipes out/deep --published   is it the recipe or its length? An hour on one core
 
 Published: 10,000 samples of up to 2,048 tokens in batches of 64, one epoch of P-Warm and one of PPO, two PPO
 epochs a rollout. Here a batch has as many tokens in sequences of the run's own length. Each recipe is trained
 for 0.75 K and its price set to it. A stopped study goes on where it was.
 """
+from dataclasses import replace
+from pathlib import Path
+
 from hub.files import write_json
 from run.console import one_line_errors
 from run.report import markdown
-from study.study import BUDGET, PUBLISHED, open_study, parser, thousandths
+from study.study import BUDGET, PUBLISHED, Study, open_study, parser, thousandths
 
 FEW = 60                                # PPO steps of an ablation
 BATCH = 64 * 2048                       # tokens, as published
 STEPS = 156
+FITTED = {'dropped', 'rank', 'beyond'}  # what is fitted on them before PPO needs a study of its own
 
 
 def ablations(s):
@@ -33,6 +37,10 @@ def ablations(s):
         {'reward': 'sampled'},
         many,
         {'reward': 'sampled', **many},
+        {'dropped': 'published'},
+        {'dropped': 'rho'},
+        *[{'rank': rank} for rank in (1, 4, 16, 32)],
+        {'beyond': 1},
         {                                                      # the allocators read x only
             'extended': False,
             'start': 'p-warm',
@@ -80,8 +88,11 @@ def main(argv=None):
     recipes = lengths(s) if a.published else ablations(s)
     rows = []
     for what, changes in recipes.items():
-        measurement = study.measured(what, lambda: study.ada_k(what, BUDGET, study.s.seed, **changes))
-        row, _ = study.row([measurement])
+        of = study
+        if changes.keys() & FITTED:
+            of = Study(replace(s, **changes), Path(a.run), f'recipes-{what}')
+        measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, s.seed, **changes))
+        row, _ = of.row([measurement])
         rows.append({'what': what, **row})
         write_json(study.folder / f'{kind}.json', {'rows': rows})
     print(recipe_table({'rows': rows}))
