@@ -33,10 +33,8 @@ class SkipFamilies:
         self.K = model.config.top_k
         self.L = len(model.config.moe_layers)
         self.windows = windows
-        apart = max(1, windows[0].numel() // SEARCH_TOKENS)
         self.steps = {}                                        # {around: what the steps of each layer cost}
         self.best = {}                                         # {mean k: the name of the best family there}
-        self.few_windows = [part[::apart] for part in windows]
         self.tails = tails(model, windows)                                  # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
@@ -48,8 +46,7 @@ class SkipFamilies:
         """
         if family == 'one beta':
             together = self.tails.flatten(0, 1)                             # (L*P,K-1)
-            [beta] = betas_at([together], [mean_k])
-            return Skip(beta, self.K)
+            return Skip(self.L * betas_at([together], [mean_k]), self.K)
         shares = [mean_k] * self.L
         if family == 'greedy' and self.K > 1:
             shares = self.greedy_shares(mean_k, around or mean_k)
@@ -75,12 +72,11 @@ class SkipFamilies:
 
     def steps_down(self, around):
         """Of every layer [what its steps from K down to 1 cost in nats, the others at `around`; then inf]."""
-        at_around, *at_levels = [
-            Skip(betas_at(self.tails, [mean_k] * self.L), self.K)
-            for mean_k in (around, *self.levels)
-        ]
-        n = len(self.few_windows[0])
-        few = max(1, sequences_of_pass(self.few_windows[0].shape[1]) // self.L)
+        at_around, *at_levels = [self.policy('per layer', mean_k) for mean_k in (around, *self.levels)]
+        apart = max(1, self.windows[0].numel() // SEARCH_TOKENS)
+        windows = [part[::apart] for part in self.windows]
+        n, T = windows[0].shape
+        few = max(1, sequences_of_pass(T) // self.L)
         progress = Progress('greedy shares', n)
         begun = itertools.count(few, few)
 
@@ -88,7 +84,7 @@ class SkipFamilies:
             hidden = self.varied(inputs, at_around, at_levels)
             progress(min(next(begun), n), None)
             return -rewards(self.model, hidden, targets.flatten(), expected=True)[1:]
-        nats = by_parts(self.model, self.few_windows, few, of_part).mean(1)  # (L*levels,)
+        nats = by_parts(self.model, windows, few, of_part).mean(1)          # (L*levels,)
         steps = nats.view(self.L, -1).diff()
         return F.pad(steps, (0, 1), value=math.inf).tolist()
 
@@ -102,7 +98,8 @@ class SkipFamilies:
         model = self.model
         x = model.embed_tokens(tokens)                                      # (B,T,C) with no layer varied yet
         positions = model.positions(tokens.shape[1], None, x.dtype)
-        top_k, *others = [x]
+        top_k = x
+        others = []
         for layer in model.visit():
             def run(x, policy):
                 return layer(x, *positions, None, policy)
@@ -113,10 +110,10 @@ class SkipFamilies:
             x = run(x, around)
         return model.norm(torch.stack([top_k, *others])).flatten(1, 2)
 
-    def costs(self, policies, windows):
+    def costs(self, policies):
         """[(nats per token that a policy costs, its mean k), ..]"""
         found = []
-        for nats, tally in evaluate(self.model, windows, policies, expected=True):
+        for nats, tally in evaluate(self.model, self.windows, policies, expected=True):
             found.append((nats.mean().item(), tally.mean()))
         return found
 
@@ -125,10 +122,10 @@ class SkipFamilies:
 def look(model, inputs, see):
     """[see(layer, x, probs) of each MoE layer] of a pass of inputs (B,T) under the model's own top-k."""
     seen = []
-
-    def onlooker(layer, x, probs, k):
-        seen.append(see(layer, x, probs))
-    policy = Watched(TopK(model.config.top_k), onlooker)
+    policy = Watched(
+        TopK(model.config.top_k),
+        lambda layer, x, probs, k: seen.append(see(layer, x, probs)),
+    )
     model.hidden(inputs.to(model.device), policy)
     return seen
 
@@ -163,7 +160,7 @@ def best_family(families, mean_k):
     """The name of the family whose Skip at mean_k costs least; measured once."""
     if mean_k not in families.best:
         policies = [families.policy(family, mean_k) for family in FAMILIES]
-        costs = families.costs(policies, families.windows)
+        costs = families.costs(policies)
         families.best[mean_k] = FAMILIES[costs.index(min(costs))]
     return families.best[mean_k]
 
@@ -192,5 +189,5 @@ def worth_of_an_expert(families, mean_k):
     """What one expert more buys around mean_k, in nats per expert and layer."""
     fewer = families.policy('per layer', 0.95 * mean_k)
     more = families.policy('per layer', min(1.05 * mean_k, families.K))
-    (dear, few), (cheap, many) = families.costs([fewer, more], families.windows)
+    (dear, few), (cheap, many) = families.costs([fewer, more])
     return (dear - cheap) / (many - few) / families.L

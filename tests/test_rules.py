@@ -50,13 +50,13 @@ def test_one_sweep_over_the_layers_costs_what_whole_passes_do(families):
             shares = [3] * 3
             shares[layer] = mean_k
             policies.append(Skip(betas_at(families.tails, shares), 4))
-        nats, _ = zip(*families.costs(policies, families.few_windows))
+        nats, _ = zip(*families.costs(policies))
         assert steps[layer] == pytest.approx([*np.diff(nats), np.inf], abs=1e-6)
 
 
 def test_families_have_their_mean_k_and_the_best_costs_least(families):
     policies = [families.policy(family, 3) for family in FAMILIES]
-    nats, mean_k = zip(*families.costs(policies, families.windows))
+    nats, mean_k = zip(*families.costs(policies))
     assert mean_k == pytest.approx([3, 3, 3], abs=0.15)
     assert best_family(families, 3) == FAMILIES[np.argmin(nats)]
     assert nats[2] < min(nats[:2])                             # greedy
@@ -66,7 +66,7 @@ def test_one_expert_leaves_nothing_to_skip():
     model = random_model(tiny_config(top_k=1))
     families = SkipFamilies(model, random_text(40).windows(8))
     policies = [families.policy(family, 1) for family in FAMILIES]
-    assert families.costs(policies, families.windows) == [(0, 1)] * 3
+    assert families.costs(policies) == [(0, 1)] * 3
 
 
 def test_the_expected_loss_is_0_for_top_k_and_a_divergence_for_others(families):
@@ -81,11 +81,11 @@ def test_the_expected_loss_is_0_for_top_k_and_a_divergence_for_others(families):
 
 def test_an_expert_is_worth_what_a_little_more_of_them_saves(families):
     policies = [families.policy('per layer', 3 * share) for share in (0.95, 1.05)]
-    (few, _), (many, _) = families.costs(policies, families.windows)
+    (few, _), (many, _) = families.costs(policies)
     assert worth_of_an_expert(families, 3) == pytest.approx((few - many) / 0.3 / 3, rel=0.05)
 
 
 def test_calibration_hits_its_mean_k_within_a_percent(families):
     beta = calibrate(families.model, families.windows, lambda beta: Skip(beta, 4), 2.6, 4, 0)
-    [(_, mean_k)] = families.costs([Skip(beta, 4)], families.windows)
+    [(_, mean_k)] = families.costs([Skip(beta, 4)])
     assert mean_k == pytest.approx(2.6, rel=0.01)
