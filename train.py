@@ -34,13 +34,12 @@ from hub.files import InputError, read_json, reading, write_json
 from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, one_line_errors, open_device,
                          peak_gb)
-from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards
+from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import told, training_figure, write_log
 from run.standins import target_k
 from run.start import new_allocators, prepare
 from run.state import Interrupt, load_state, open_run, save_state
-from scale.memory import sequences_of_pass
 from scale.stream import Streamed
 
 
@@ -206,13 +205,9 @@ def rollout_reward(s, model, inputs, targets, rollout):
 
     What is expected is expected under the best static k that the allocators may choose: K, or s.beyond more.
     """
-    few = sequences_of_pass(s.seq)
-    teacher = TopK(rollout.k_max) if s.reward == 'expected' else None
-    passes = [(part, teacher) for part in inputs.split(few)]
-    passes += [(part, rollout) for part in inputs.repeat(s.group, 1).split(few)]
-    hidden = torch.cat(model.hidden_of(passes))                             # ((1+G)*B,T,C), top-k first
-    hidden = hidden.view(1 + s.group, inputs.numel(), -1)                   # (1+G,P,C)
-    reward = rewards(model, hidden, targets.flatten(), s.reward == 'expected')
+    expected = s.reward == 'expected'
+    teacher = TopK(rollout.k_max) if expected else None
+    reward = rewards_under(model, inputs, targets, [(teacher, 1), (rollout, s.group)], expected)    # (1+G,P)
     reward = reward.unflatten(1, inputs.shape)                              # (1+G,B,T)
     return reward[1:], reward[0]
 

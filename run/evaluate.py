@@ -27,16 +27,10 @@ def evaluate(model, windows, policies, expected=False):
     tallies = [Counted(policy, n_layers, model.device) for policy in policies]
     deciders = [None, *tallies] if expected else tallies       # None: top-k
     T = windows[0].shape[1]
-    of_pass = sequences_of_pass(T)                             # windows
 
     def losses(inputs, targets):
-        passes = []
-        for policy in deciders:
-            passes += [(batch, policy) for batch in inputs.split(of_pass)]
-        hidden = torch.cat(model.hidden_of(passes))
-        hidden = hidden.view(len(deciders), -1, model.config.dim)           # (deciders,P,C)
-        return -rewards(model, hidden, targets.flatten(), expected)
-    few = max(of_pass, model.tokens_per_visit // T)            # windows of a sweep over the layers
+        return -rewards_under(model, inputs, targets, [(policy, 1) for policy in deciders], expected)
+    few = max(sequences_of_pass(T), model.tokens_per_visit // T)            # windows of a sweep over the layers
     loss = by_parts(model, windows, few, losses)[-len(policies):]           # (policies,n*T)
     for tally in tallies:
         tally.counts = sum(gathered(tally.counts.cpu()))
@@ -54,6 +48,20 @@ def by_parts(model, windows, few, see):
     most = -(-len(windows[0]) // size)                         # windows of the rank that has most
     found = [see(inputs[at:at + few], targets[at:at + few]).cpu() for at in range(0, most, few)]
     return torch.cat(gathered(torch.cat(found, dim=1)), dim=1)
+
+
+def rewards_under(model, inputs, targets, times, expected):
+    """The reward (n,P) of the P tokens of inputs and targets (B,T), in one sweep over the layers.
+
+    times: [(policy, how many of the n times it decides), ..]; with `expected` the first decides once.
+    """
+    few = sequences_of_pass(inputs.shape[1])
+    passes = []
+    for policy, n in times:
+        passes += [(part, policy) for part in inputs.repeat(n, 1).split(few)]
+    hidden = torch.cat(model.hidden_of(passes))                             # (n*B,T,C)
+    hidden = hidden.view(sum(n for _, n in times), -1, model.config.dim)    # (n,P,C)
+    return rewards(model, hidden, targets.flatten(), expected)
 
 
 def rewards(model, hidden, targets, expected):
