@@ -39,7 +39,7 @@ from run.ranks import average_gradients, averaged, check_ranks, gathered, join, 
 from run.report import told, training_figure, write_log
 from run.standins import target_k
 from run.start import new_allocators, prepare
-from run.state import Interrupt, load_state, open_run, save_state
+from run.state import Interrupt, in_state, load_state, open_run, save_state
 from scale.stream import Streamed
 
 
@@ -216,26 +216,26 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
     """PPO from a first price. Appends one dict per step to `log`; changes `allocators` in place.
 
     state: a file that holds the run's state after every s.save_every steps and on an interrupt, for --resume;
-    facts: what it depends on beside the settings.
+    facts: what it depends on (run/state.py).
     """
     L = len(model.config.moe_layers)
     rank, size = ranks()
-    mine = slice(rank * s.ppo_batch // size, (rank + 1) * s.ppo_batch // size)      # this rank's sequences
     batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
     if s.resume:
-        log += load_state(state, s, facts, allocators, optimizer, generator)
+        log += load_state(state, facts, allocators, optimizer, generator)
         for _ in log:                                          # these batches are done
             next(batches)
         print(f'resumed after step {len(log)} of {s.ppo_steps}')
     progress = Progress('ppo', s.ppo_steps, done=len(log))
     with Interrupt() as interrupt:
         for step in range(len(log) + 1, s.ppo_steps + 1):
-            batch = [part[mine].to(s.device) for part in next(batches)]     # (B,T) each
+            # of all sequences those of this rank
+            batch = [part.chunk(size)[rank].to(s.device) for part in next(batches)]         # (B,T) each
             # noise of all ranks' tokens: a token's draw does not depend on how many ranks there are
             noise = torch.rand(L, s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
-            noise = noise[:, :, mine].flatten(1)                            # (L,G*P)
+            noise = noise.chunk(size, dim=2)[rank].flatten(1)               # (L,G*P)
             price = next_price(s, first, log, model.config)
             row = ppo_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             last = step == s.ppo_steps
@@ -244,7 +244,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
             progress(step, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price)
             stop = any(gathered(interrupt.asked))              # all ranks stop, or none
             if state and (last or stop or step % s.save_every == 0):
-                save_state(state, s, facts, allocators, optimizer, generator, log)
+                save_state(state, facts, allocators, optimizer, generator, log)
             if stop:
                 raise KeyboardInterrupt
 
@@ -281,7 +281,7 @@ def run(s, out):
     lap('warm')
     log = []
     digest = base_digest(base_folder(s, out))
-    facts = {'base': digest, 'length of the text': len(text.tokens)}
+    facts = {**in_state(s), 'base': digest, 'length of the text': len(text.tokens)}
     state = out / 'state.pt'
     if state.exists() and not s.resume:
         print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
@@ -365,7 +365,7 @@ def parse(argv, doc=__doc__):
     if s.stream and s.device != 'cpu' and 'ppo_batch' not in given:
         # as many tokens as hide the transfer time of the weights
         s.ppo_batch = max(1, Streamed.tokens_per_visit // ((1 + s.group) * s.seq))
-    name = Path(s.ckpt).name if s.ckpt else s.preset
+    name = Path(s.ckpt or s.preset).name
     s.out = s.out or f'out/{name}'
     return s
 

@@ -5,7 +5,7 @@ from allocator import AdaK, TopK
 from run.console import Progress
 from run.evaluate import clustered_error, evaluate, flops_shares
 from run.rules import rule_at
-from run.standins import rank_of, target_k
+from run.standins import rank_in, target_k
 
 
 def compare(s, model, allocators, families, windows):
@@ -35,7 +35,7 @@ def compare(s, model, allocators, families, windows):
             'delta': delta.mean(),
             'delta_se': clustered_error(delta, windows[2].flatten()),
             'mean_k_by_layer': tally.mean_by_layer().tolist(),
-            **flops_shares(c, tally, s.seq, rank_of(s, c), params),
+            **flops_shares(c, tally, s.seq, rank_in(model), params),
         })
         progress(len(rows), len(rows) * len(loss), loss=rows[-1]['loss'])
     return rows

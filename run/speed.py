@@ -18,7 +18,7 @@ from hub.config import to_hf
 from hub.plug import attach
 from model import generate
 from run.report import markdown
-from run.standins import StandIns, default_rank
+from run.standins import StandIns, blocks, default_rank, rank_in
 from run.timing import interleaved, summary
 from scale.graph import graph_decoder
 
@@ -87,11 +87,10 @@ def random_standins(model):
 
 def with_standins(model, standins, prompt, **how):
     """generate, with what stands in for experts that do not run."""
-    layers = [model.layers[i].mlp for i in model.config.moe_layers]
-    for moe, of_layer in zip(layers, standins):
+    for moe, of_layer in zip(blocks(model), standins):
         moe.standins = of_layer
     text = generate(model, prompt, **how)
-    for moe in layers:
+    for moe in blocks(model):
         moe.standins = None
     return text
 
@@ -107,7 +106,7 @@ def whole_rows(name, model, tokens, policy):
     for choice, choose_k in ('top-k', None), ('fewer', policy):
         how = dict(choose_k=choose_k, decoder=graph_decoder)
         cases['ours', choice] = partial(generate, model, **how)
-        if model.layers[-1].mlp.standins is None:              # else they are timed above
+        if rank_in(model) == 0:                                # else they are timed above
             cases['ours, stand-ins', choice] = partial(with_standins, model, standins, **how)
     try:
         twins = {'top-k': twin_of(model), 'fewer': twin_of(model)}

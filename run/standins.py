@@ -39,9 +39,14 @@ def default_rank(config):
     return max(1, min(config.dim // 8, config.expert_dim // 12))
 
 
+def blocks(model):
+    """The MoE blocks of a model (model.py:MoE), in order."""
+    return [model.layers[i].mlp for i in model.config.moe_layers]
+
+
 def rank_in(model):
     """The rank of the stand-ins that a model runs with."""
-    used = model.layers[model.config.moe_layers[-1]].mlp.standins
+    used = blocks(model)[0].standins
     return used.A.shape[1] if used else 0
 
 
@@ -59,7 +64,7 @@ def fit(s, model, inputs):
     s.dropped says which. inputs (B,T): training text, of which as many sequences are used as fit into a pass.
     """
     config = model.config
-    experts = [model.layers[i].mlp for i in config.moe_layers]
+    experts = blocks(model)
     rank = rank_of(s, config)
     if rank > config.dim:
         raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
@@ -178,9 +183,9 @@ class StandIns:
     def __call__(self, x, ids, left):
         if len(x) <= FEW_TOKENS and not x.is_cuda and not torch.is_grad_enabled():
             return self.one_by_one(x, ids, left)
-        sizes = [n * self.A.element_size() for n in self.A.shape[1:]]
-        aligned = all(size % 16 == 0 for size in sizes)                    # as grouped matmuls want it
-        if x.is_cuda and len(x) <= STATIC_TOKENS or not aligned:
+        # grouped matmuls want rows of whole 16 bytes
+        misaligned = any(n * self.A.itemsize % 16 for n in self.A.shape[1:])
+        if x.is_cuda and len(x) <= STATIC_TOKENS or misaligned:
             return self.plain(x, ids, left)
         return self.many(x, ids, left)
 
@@ -233,15 +238,14 @@ def weighting(config, fitted, layer):
 
 def use(model, fitted):
     """Let the model run with what `fit` returned; None: as it is."""
-    for layer, i in enumerate(model.config.moe_layers if fitted else []):
-        moe = model.layers[i].mlp
+    for layer, moe in enumerate(blocks(model) if fitted else []):
         moe.weighting = weighting(model.config, fitted, layer)
         moe.standins = of_layer(fitted, layer, model.norm.weight)
 
 
 def save(run, fitted, base):
     """Write what `fit` returned into the folder of a run; `base`: the digest of the model it is of."""
-    write_safetensors(Path(run) / 'standins.safetensors', fitted, {'base': base})
+    write_safetensors(run / 'standins.safetensors', fitted, {'base': base})
 
 
 def of_run(run, base):

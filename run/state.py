@@ -78,13 +78,14 @@ def in_state(s):
     return {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
 
 
-def save_state(path, s, facts, allocators, optimizer, generator, log):
+def save_state(path, facts, allocators, optimizer, generator, log):
     """All that PPO needs to go on: weights, Adam's averages, random state; the price is in the log.
 
-    facts: {name: value} that tell the base model and the text. The file is written whole or not at all.
+    facts: {name: value} of the settings (`in_state`), the base model and the text. The file is written whole
+    or not at all.
     """
     state = {
-        'settings': {**in_state(s), **facts},
+        'settings': facts,
         'log': log,
         'allocators': allocators.state_dict(),
         'optimizer': optimizer.state_dict(),
@@ -93,14 +94,14 @@ def save_state(path, s, facts, allocators, optimizer, generator, log):
     write_whole(path, lambda f: torch.save(state, f))
 
 
-def load_state(path, s, facts, allocators, optimizer, generator):
+def load_state(path, facts, allocators, optimizer, generator):
     """The log of the run that `save_state` wrote, everything else put back in place.
 
-    InputError names the setting or fact that differs, or the file if it is damaged.
+    InputError names the fact that differs, or the file if it is damaged.
     """
     with reading(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
-        for name, ours in {**in_state(s), **facts}.items():
+        for name, ours in facts.items():
             theirs = state['settings'][name]
             if theirs != ours:
                 raise InputError(f'--resume: {path} is of a run with {name} {theirs}, this one has {ours}')

@@ -12,7 +12,7 @@ from allocator import Allocators
 from conftest import finish, start, tiny_config
 from hub.files import InputError, read_json, write_whole
 from run.console import one_line_errors
-from run.state import load_state, save_state
+from run.state import in_state, load_state, save_state
 
 
 @pytest.fixture(scope='module')
@@ -86,12 +86,13 @@ def test_a_resume_that_does_not_fit_is_refused(changes, base, says, tmp_path):
     s = train.Settings()
     path = tmp_path / 'state.pt'
     with pytest.raises(InputError, match='state.pt: No such file'):
-        load_state(path, s, {'base': 'a'}, *parts())
+        load_state(path, {'base': 'a'}, *parts())
     log = [{'step': 1, 'price': 0.1}]
-    save_state(path, s, {'base': 'a'}, *parts(), log)
-    assert load_state(path, replace(s, out='elsewhere'), {'base': 'a'}, *parts()) == log
+    save_state(path, {**in_state(s), 'base': 'a'}, *parts(), log)
+    same = replace(s, out='elsewhere')
+    assert load_state(path, {**in_state(same), 'base': 'a'}, *parts()) == log
     with pytest.raises(InputError, match=says):
-        load_state(path, replace(s, **changes), {'base': base}, *parts())
+        load_state(path, {**in_state(replace(s, **changes)), 'base': base}, *parts())
 
 
 @pytest.mark.parametrize('error, status, says', [
