@@ -39,7 +39,7 @@ from run.ranks import average_gradients, averaged, check_ranks, gathered, join, 
 from run.report import told, training_figure, write_log
 from run.standins import target_k
 from run.start import new_allocators, prepare
-from run.state import Interrupt, in_state, load_state, open_run, save_state
+from run.state import in_state, load_state, open_run, save_state, stop_signals
 from scale.stream import Streamed
 
 
@@ -229,7 +229,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
             next(batches)
         print(f'resumed after step {len(log)} of {s.ppo_steps}')
     progress = Progress('ppo', s.ppo_steps, done=len(log))
-    with Interrupt() as interrupt:
+    with stop_signals() as asked:
         for step in range(len(log) + 1, s.ppo_steps + 1):
             # of all sequences those of this rank
             batch = [part.chunk(size)[rank].to(s.device) for part in next(batches)]         # (B,T) each
@@ -242,7 +242,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
             log.append(row)
             tokens = step * s.group * s.ppo_batch * s.seq
             progress(step, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price)
-            stop = any(gathered(interrupt.asked))              # all ranks stop, or none
+            stop = any(gathered(asked))                        # all ranks stop, or none
             if state and (last or stop or step % s.save_every == 0):
                 save_state(state, facts, allocators, optimizer, generator, log)
             if stop:
@@ -318,7 +318,7 @@ def run(s, out):
         'peak_gb': memory,
         'ranks': ranks()[1],
         'bits_per_byte': bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer),
-        'effective_documents': effective_documents(windows[2].flatten()),
+        'effective_documents': effective_documents(windows[2]),
         'allocator_params': allocators.n_params(),
         'rows': rows,
     }

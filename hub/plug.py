@@ -18,7 +18,7 @@ from allocator import AdaK, Allocators, Counted
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
-from moe_dispatch import Weighting, select, used
+from moe_dispatch import select, used
 
 
 # ================================================================ in and out
@@ -45,11 +45,7 @@ def attach(model, policy, fitted=None):
     eager = torch.compiler.disable                             # a compiled hook would not count
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
     for layer, block in enumerate(blocks):
-        how = Weighting.of(config)
-        stand_in = None
-        if fitted:
-            how = standins.weighting(config, fitted, layer)
-            stand_in = standins.of_layer(fitted, layer, block.gate.weight)
+        how, stand_in = standins.of_layer(config, fitted, layer, block.gate.weight)
         hook = router_hook(layer, policy, how, stand_in, config, tally)
         undo(block.gate.register_forward_hook(eager(hook)).remove)
         if stand_in:

@@ -124,7 +124,7 @@ def jackknife(delta, cluster):
 
 
 def effective_documents(document):
-    """As how many documents of equal length these (n,) count: (sum of lengths)^2 / sum of their squares."""
+    """As how many documents of equal length these count: (sum of lengths)^2 / sum of their squares."""
     sizes = np.unique(document, return_counts=True)[1]
     return float(sizes.sum() ** 2 / (sizes ** 2).sum())
 

@@ -88,8 +88,7 @@ def experts(x, token, ends, w_in, w_out):
         return None
     tokens = token.split(sizes.tolist())
     tile = TILE if x.dtype == torch.bfloat16 else 1
-    width = w_in.shape[1]
-    between = n_rows * width * w_in.element_size()             # bytes between the two matmuls of all experts
+    between = n_rows * w_in.shape[1] * w_in.itemsize           # bytes between the two matmuls of all experts
     if w_in[0].numel() > LARGE or between > FRESH:
         rows = []
         for own, one_in, one_out in zip(tokens, w_in, w_out):

@@ -223,24 +223,25 @@ class StandIns:
         return x.new_zeros(len(x), len(self.b)).scatter(1, ids, left.to(x.dtype))
 
 
-def of_layer(fitted, layer, like):
-    """The StandIns of a layer with the device and dtype of the tensor `like`; None where none were fitted."""
-    if 'A' in fitted:
-        return StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
+def of_layer(config, fitted, layer, like):
+    """How a layer weighs its experts, and its StandIns or None, with what `fit` returned; None: as published.
 
-
-def weighting(config, fitted, layer):
-    """How a layer weighs its experts with what `fit` returned."""
+    The stand-ins get the device and dtype of the tensor `like`.
+    """
+    if not fitted:
+        return Weighting.of(config), None
     rho = fitted['rho'][layer].item()
     eta = fitted['eta'][layer].item()
-    return Weighting(config.top_k, config.norm_topk, rho, eta)
+    how = Weighting(config.top_k, config.norm_topk, rho, eta)
+    if 'A' not in fitted:
+        return how, None
+    return how, StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
 
 
 def use(model, fitted):
-    """Let the model run with what `fit` returned; None: as it is."""
-    for layer, moe in enumerate(blocks(model) if fitted else []):
-        moe.weighting = weighting(model.config, fitted, layer)
-        moe.standins = of_layer(fitted, layer, model.norm.weight)
+    """Let the model run with what `fit` returned; None: as published."""
+    for layer, moe in enumerate(blocks(model)):
+        moe.weighting, moe.standins = of_layer(model.config, fitted, layer, model.norm.weight)
 
 
 def save(run, fitted, base):

@@ -39,12 +39,13 @@ def new_allocators(s, model, text, families):
 
     text: the training split, to look at; families: run/rules.py:SkipFamilies of the model.
     """
-    k_max, _ = allocator_sizes(s, model.config)
-    allocators = Allocators(model.config, k_max, s.extended).to(s.device)
+    config = model.config
+    k_max, _ = allocator_sizes(s, config)
+    allocators = Allocators(config, k_max, s.extended).to(s.device)
     generator = torch.Generator().manual_seed(s.seed)
     batches = text.batches(s.ppo_batch, s.seq, generator)
-    mean_k = standins.target_k(s, model.config)
-    highest = max(1, UNBUDGETED * model.config.top_k)
+    mean_k = standins.target_k(s, config)
+    highest = max(1, UNBUDGETED * config.top_k)
     if s.price is not None or s.beyond and mean_k > highest:
         mean_k = highest                                       # at K a rule drops nothing: there is no start
     if s.extended:

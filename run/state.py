@@ -49,27 +49,26 @@ def open_run(out):
         yield out
 
 
-class Interrupt:
-    """Within `with`: the first Ctrl-C or SIGTERM sets `asked`, the step can end; a second stops at once.
+@contextmanager
+def stop_signals():
+    """Within `with`: a list that holds the first Ctrl-C or SIGTERM, the step can end; a second stops at once.
 
-    In a thread of a larger program, where Python takes no signals, it does nothing.
+    In a thread of a larger program, where Python takes no signals, it stays empty.
     """
+    asked = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
 
-    def __enter__(self):
-        self.asked = False
-        numbers = signal.SIGINT, signal.SIGTERM
-        if threading.current_thread() is not threading.main_thread():
-            numbers = ()
-        self.old = {number: signal.signal(number, self.note) for number in numbers}
-        return self
-
-    def note(self, number, frame):
-        if self.asked:
+    def note(number, frame):
+        if asked:
             raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
+        asked.append(number)
+    old = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
