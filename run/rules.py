@@ -8,7 +8,6 @@ Each is a family of policies with one knob, mean k. Which is best is measured on
 expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
 import itertools
-import math
 from functools import partial
 
 import numpy as np
@@ -86,7 +85,7 @@ class SkipFamilies:
             return -rewards(self.model, hidden, targets.flatten(), expected=True)[1:]
         nats = by_parts(self.model, windows, few, of_part).mean(1)          # (L*levels,)
         steps = nats.view(self.L, -1).diff()
-        return F.pad(steps, (0, 1), value=math.inf).tolist()
+        return F.pad(steps, (0, 1), value=torch.inf).tolist()
 
     @torch.no_grad()
     def varied(self, tokens, around, levels):
@@ -112,10 +111,8 @@ class SkipFamilies:
 
     def costs(self, policies):
         """[(nats per token that a policy costs, its mean k), ..]"""
-        found = []
-        for nats, tally in evaluate(self.model, self.windows, policies, expected=True):
-            found.append((nats.mean().item(), tally.mean()))
-        return found
+        found = evaluate(self.model, self.windows, policies, expected=True)
+        return [(nats.mean().item(), tally.mean()) for nats, tally in found]
 
 
 @torch.no_grad()

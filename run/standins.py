@@ -68,10 +68,8 @@ def fit(s, model, inputs):
     rank = rank_of(s, config)
     if rank > config.dim:
         raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
-    fitted = {
-        'rho': torch.full((len(experts),), float(config.norm_topk)),
-        'eta': torch.ones(len(experts)),
-    }
+    ones = torch.ones(len(experts))
+    fitted = {'rho': config.norm_topk * ones, 'eta': ones}
     if s.dropped == 'published' or config.top_k == 1:
         return fitted
 
@@ -107,14 +105,13 @@ def fit_rho(moe, x, g, ids):
 
     x (P,C), g and ids (P,K). With one expert dropped the others' weights grow by rho g_K / (1 - g_K).
     """
-    last = torch.zeros(x.shape, dtype=torch.double, device=x.device)
-    kept = torch.zeros_like(last)
+    parts = x.new_zeros(2, *x.shape).double()
     for n in range(len(moe.w_in)):
         token, choice = torch.where(ids == n)
         out = g[token, choice, None] * output(moe, n, x[token])             # (rows,C)
         is_last = choice == ids.shape[1] - 1
-        last.index_add_(0, token[is_last], out[is_last])
-        kept.index_add_(0, token[~is_last], out[~is_last])
+        parts[is_last.long(), token] += out                    # a token chooses an expert at most once
+    kept, last = parts                                                      # (P,C) both
     share = g[:, -1:] / (1 - g[:, -1:])
     more = share * kept                                                     # what rho = 1 gives instead
     return ((more * last).sum() / (more * more).sum()).clamp(0, 1).float()
@@ -139,7 +136,7 @@ def fit_expert(moe, x, g, ids, n, rank):
     if len(token) > rank:
         X = X - mean_x
         moments = X.T @ (weight * X)                                        # (C,C)
-        ridge = RIDGE * moments.diagonal().mean() * torch.eye(C, dtype=X.dtype, device=X.device)
+        ridge = RIDGE * moments.diagonal().mean() * torch.eye(C).to(X)
         W = torch.linalg.solve(moments + ridge, X.T @ (weight * (Y - mean_y)))      # (C,C), Y ~ X W
         _, directions = torch.linalg.eigh(W.T @ moments @ W)                # of what is predicted, rising
         B = directions[:, -rank:]
