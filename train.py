@@ -294,12 +294,12 @@ def run(s, out):
     lap('ppo')
 
     # evaluation
-    if s.price is None:
-        knob = calibrate(model, families.windows, lambda price: AdaK(allocators, price),
-                         target_k(s, c), 2, -2)
+    target = target_k(s, c) if s.price is None else None
+    if target:
+        knob = calibrate(model, families.windows, lambda price: AdaK(allocators, price), target, 2, -2)
         allocators.price.fill_(knob)
     windows = heldout.windows(s.seq, s.heldout_tokens)
-    rows = compare(s, model, allocators, families, windows)
+    rows = compare(s, model, allocators, families, windows, target)
     lap('evaluation')
 
     # files
@@ -324,7 +324,7 @@ def run(s, out):
     }
     write_json(out / 'results.json', results)
     state.unlink()                                             # the run is complete
-    training_figure(out / 'training.png', log, c.top_k, target_k(s, c) if s.price is None else None)
+    training_figure(out / 'training.png', log, c.top_k, target)
     print(told(results), f'wrote {out}', sep='\n')
 
 

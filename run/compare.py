@@ -5,21 +5,20 @@ from allocator import AdaK, TopK
 from run.console import Progress
 from run.evaluate import clustered_error, evaluate, flops_shares
 from run.rules import rule_at
-from run.standins import rank_in, target_k
+from run.standins import rank_in
 
 
-def compare(s, model, allocators, families, windows):
+def compare(s, model, allocators, families, windows, target):
     """The rows of results.json: top-k, Ada-K, and the rules without training at Ada-K's mean k.
 
-    That mean k is of families.windows, the losses are of `windows`.
+    That mean k is of families.windows, the losses are of `windows`; target: the mean k of the budget, or None.
     """
     c = model.config
     policies = {'top-k': TopK(c.top_k), 'ada-k': AdaK(allocators)}
     [(_, tally)] = evaluate(model, families.windows, [policies['ada-k']])
     mean_k = tally.mean()
-    around = mean_k if s.price is not None else target_k(s, c)             # known from the start
     for name in 'random-mix', 'top-p', 'skip':
-        policies[name] = rule_at(families, name, mean_k, around)
+        policies[name] = rule_at(families, name, mean_k, around=target or mean_k)
     rows = []
     progress = Progress('evaluation', len(policies))
     for method, policy in policies.items():
