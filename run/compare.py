@@ -11,7 +11,7 @@ from run.standins import rank_in
 def compare(s, model, allocators, families, windows, target):
     """The rows of results.json: top-k, Ada-K, and the rules without training at Ada-K's mean k.
 
-    That mean k is of families.windows, the losses are of `windows`; target: the mean k of the budget, or None.
+    That mean k is of families.windows, the losses are of `windows`. target: the mean k of the budget, if any.
     """
     c = model.config
     policies = {'top-k': TopK(c.top_k), 'ada-k': AdaK(allocators)}

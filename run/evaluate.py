@@ -30,7 +30,7 @@ def evaluate(model, windows, policies, expected=False):
 
     def losses(inputs, targets):
         return -rewards_under(model, inputs, targets, [(policy, 1) for policy in deciders], expected)
-    few = max(sequences_of_pass(T), model.tokens_per_visit // T)            # windows of a sweep over the layers
+    few = max(sequences_of_pass(T), model.tokens_per_visit // T)            # windows of a sweep
     loss = by_parts(model, windows, few, losses)[-len(policies):]           # (policies,n*T)
     for tally in tallies:
         tally.counts = sum(gathered(tally.counts.cpu()))

@@ -40,8 +40,10 @@ def told(results):
     lines = [table(results['rows'])]
     if documents < FEW_DOCUMENTS:
         lines.append(f'errors are rough: the held-out text counts as {documents:.1f} equally long documents')
-    lines.append(f'base model: {results["bits_per_byte"]:.3f} bits per byte on held-out text')
-    lines.append(f'{sum(results["seconds"].values()):.0f} s, {results["peak_gb"]:.1f} GB')
+    lines += [
+        f'base model: {results["bits_per_byte"]:.3f} bits per byte on held-out text',
+        f'{sum(results["seconds"].values()):.0f} s, {results["peak_gb"]:.1f} GB',
+    ]
     return '\n'.join(lines)
 
 

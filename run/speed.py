@@ -25,7 +25,6 @@ from scale.graph import graph_decoder
 CHOICES = 'top-k', 'fewer'                  # numbers of experts
 WAYS = 'eager', 'grouped_mm'                # in which transformers runs its experts
 PROMPT = 16                                 # tokens before those that are written
-ROUNDS = 7                                  # in which every case is timed once
 
 
 def pairs(cases, device, about):
@@ -35,7 +34,7 @@ def pairs(cases, device, about):
     """
     print(f'timing {about["name"]}, {about["stage"]}', file=sys.stderr)
     rows = {}
-    for (path, choice), times in interleaved(cases, ROUNDS, device).items():
+    for (path, choice), times in interleaved(cases, device).items():
         row = rows.setdefault(path, {**about, 'path': path})
         row[choice] = summary(times)
     return list(rows.values())
@@ -149,8 +148,7 @@ def speed_table(rows):
             t = r[choice]
             limit = f', {r["limit_ms"][choice] / t["ms"]:.0%}' if 'limit_ms' in r else ''
             line.append(f'{t["ms"]:.2f} ({t["low"]:.2f}-{t["high"]:.2f}){limit}')
-        line.append(f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}')
-        line.append(f'{r["k_share"]:.2f}')
+        line += [f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}', f'{r["k_share"]:.2f}']
         best = theirs.get((r['name'], r['stage']))
         if best:
             line += [f'{best / r[choice]["ms"]:.2f}' for choice in CHOICES]

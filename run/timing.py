@@ -7,15 +7,18 @@ from time import perf_counter
 import torch
 
 
-def interleaved(cases, rounds, device):
-    """{name: [seconds, ..]} of callables {name: run}, in turn in every round; the first round warms up.
+ROUNDS = 7      # in which every case is timed once
+
+
+def interleaved(cases, device):
+    """{name: [seconds, ..]} of callables {name: run}, in turn in every round, behind one that warms up.
 
     Every second round runs backwards, as a case may profit from what another leaves in the caches.
     """
     wait = torch.get_device_module(device).synchronize         # until the device has done what it was given
     times = {name: [] for name in cases}
     order = list(cases.items())
-    for r in range(rounds + 1):
+    for r in range(ROUNDS + 1):
         for name, run in order:
             wait()
             start = perf_counter()
@@ -50,5 +53,5 @@ def rates(device):
         x = torch.randn(m, m).to(device, getattr(torch, dtype))
         cases[dtype] = partial(torch.mm, x, x)
         work[dtype] = 2 * m ** 3
-    times = interleaved(cases, 7, device)
+    times = interleaved(cases, device)
     return {name: work[name] / min(times[name]) for name in cases}

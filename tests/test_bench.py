@@ -4,6 +4,7 @@ import torch
 
 import bench
 import run.speed
+import run.timing
 from conftest import random_model, refusal, tiny_config
 from hub.files import read_json
 from moe_dispatch import moe
@@ -11,7 +12,7 @@ from moe_dispatch import moe
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(run.speed, 'ROUNDS', 2)
+    monkeypatch.setattr(run.timing, 'ROUNDS', 2)
     monkeypatch.setitem(bench.SHAPES, 'cpu', {'tiny': (64, 32, 8, 2, 64)})
     monkeypatch.setitem(bench.DTYPES, 'cpu', ['bfloat16'])
     monkeypatch.setitem(bench.WIDTHS, 'cpu', 256)
