@@ -207,7 +207,8 @@ def rollout_reward(s, model, inputs, targets, rollout):
     """
     expected = s.reward == 'expected'
     teacher = TopK(rollout.k_max) if expected else None
-    reward = rewards_under(model, inputs, targets, [(teacher, 1), (rollout, s.group)], expected)    # (1+G,P)
+    times = {teacher: 1, rollout: s.group}
+    reward = rewards_under(model, inputs, targets, times, expected)         # (1+G,P)
     reward = reward.unflatten(1, inputs.shape)                              # (1+G,B,T)
     return reward[1:], reward[0]
 

@@ -29,7 +29,7 @@ def evaluate(model, windows, policies, expected=False):
     T = windows[0].shape[1]
 
     def losses(inputs, targets):
-        return -rewards_under(model, inputs, targets, [(policy, 1) for policy in deciders], expected)
+        return -rewards_under(model, inputs, targets, dict.fromkeys(deciders, 1), expected)
     few = max(sequences_of_pass(T), model.tokens_per_visit // T)            # windows of a sweep
     loss = by_parts(model, windows, few, losses)[-len(policies):]           # (policies,n*T)
     for tally in tallies:
@@ -53,14 +53,14 @@ def by_parts(model, windows, few, see):
 def rewards_under(model, inputs, targets, times, expected):
     """The reward (n,P) of the P tokens of inputs and targets (B,T), in one sweep over the layers.
 
-    times: [(policy, how many of the n times it decides), ..]; with `expected` the first decides once.
+    times: {policy: how many of the n times it decides}; with `expected` the first decides once.
     """
     few = sequences_of_pass(inputs.shape[1])
     passes = []
-    for policy, n in times:
+    for policy, n in times.items():
         passes += [(part, policy) for part in inputs.repeat(n, 1).split(few)]
     hidden = torch.cat(model.hidden_of(passes))                             # (n*B,T,C)
-    hidden = hidden.view(sum(n for _, n in times), -1, model.config.dim)    # (n,P,C)
+    hidden = hidden.view(sum(times.values()), -1, model.config.dim)         # (n,P,C)
     return rewards(model, hidden, targets.flatten(), expected)
 
 
