@@ -21,7 +21,7 @@ from hub.checkpoint import weight_files
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from hub.tokenizer import Tokenizer
-from run.state import load_state, save_state
+from run.state import in_state, load_state, save_state
 from train import Settings, settings_of
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -118,7 +118,7 @@ def test_damage_to_a_state_is_one_line_or_it_is_read(tmp_path):
     path = tmp_path / 'state.pt'
     allocators = Allocators(tiny_config(), 6, True)
     optimizer = torch.optim.AdamW(allocators.parameters())
-    parts = path, Settings(), {'base': 'a'}, allocators, optimizer, torch.Generator()
+    parts = path, {**in_state(Settings()), 'base': 'a'}, allocators, optimizer, torch.Generator()
     save_state(*parts, [{'step': 1, 'price': 0.1}])
 
     def read(folder):
