@@ -54,9 +54,9 @@ def costs(r):
         for base in bases.values():
             rows = rows_of(base, way)
             free = rows['ada-k']['best_free']['method']        # chosen on training text
-            cells += [loss(rows[method]) for method in ('random-mix', free, 'ada-k')]
+            cells += [thousandths(rows[method]) for method in ('random-mix', free, 'ada-k')]
         lines.append([title, *cells])
-    full = [f'{loss(rows_of(base, "beyond")["ada-k"])} on {name}' for name, base in r.items()]
+    full = [f'{thousandths(rows_of(base, "beyond")["ada-k"])} on {name}' for name, base in r.items()]
     return (f'{markdown(["the weight of a dropped expert", *heads], lines)}\n\n'
             f'With as many FLOPs as top-k (`--budget 1 --beyond 1`) ada-k has {", ".join(full)}. '
             f'(1 seed; ± is one standard error, clustered by file.)')
@@ -64,10 +64,6 @@ def costs(r):
 
 def rows_of(base, way):
     return {row['method']: row for row in base['ways'][way]['rows']}
-
-
-def loss(row):
-    return thousandths(row['delta'], row['delta_se'])
 
 
 def frontier(r):
@@ -79,7 +75,7 @@ def frontier(r):
 def tried(r):
     lines = []
     for row in r['rows']:
-        lines.append([row['what'], thousandths(row['difference'], row['se'])])
+        lines.append([row['what'], thousandths(row, 'difference', 'se')])
     return f'{markdown(["what", "minus skip (10⁻³ nats/token)"], lines)}\n\n({r["note"]})'
 
 

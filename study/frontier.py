@@ -108,7 +108,7 @@ def table(columns):
     lines = []
     for method in METHODS:
         there = [rows.get(method, {}) for rows in columns.values()]
-        cells = [cell(row, 'delta', 'delta_se') for row in there]
+        cells = [thousandths(row) for row in there]
         if any(cells):
             seeds = max(row.get('seeds', 0) for row in there)
             lines.append([method, str(seeds), *cells])
@@ -118,17 +118,12 @@ def table(columns):
         ('best_free', 'the best rule without training', 'at_equal_flops'),
         ('soft', 'soft', 'at_equal_k'),
     ):
-        cells = [cell(row.get(name, {}), what, 'se') for row in ada]
+        cells = [thousandths(row.get(name, {}), what, 'se') for row in ada]
         if any(cells):
             lines.append([f'*ada-k minus {other}, {what.replace("_", " ")}*', '', *cells])
     mean_k = [f'{row["mean_k"]:.2f}' for row in ada]
     lines.append(['mean k of ada-k', '', *mean_k])
     return markdown(['10⁻³ nats/token, minus top-k', 'seeds', *columns], lines)
-
-
-def cell(row, value, error):
-    """A number of a row with its error, as text; '' where it has none."""
-    return thousandths(row[value], row[error]) if value in row else ''
 
 
 def figure(path, columns):

@@ -71,10 +71,10 @@ def lengths(s):
 
 def recipe_table(results):
     """Loss minus top-k of every row of a results file."""
-    lines = []
-    for row in results['rows']:
-        loss = thousandths(row['delta'], row['delta_se'])
-        lines.append([row['what'], loss, f'{row["mean_k"]:.2f}'])
+    lines = [
+        [row['what'], thousandths(row), f'{row["mean_k"]:.2f}']
+        for row in results['rows']
+    ]
     return markdown(['recipe', 'minus top-k (10⁻³ nats/token)', 'mean k'], lines)
 
 

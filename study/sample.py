@@ -4,6 +4,7 @@
     python -m study.sample --ckpt olmoe-1b-7b --policy k=4 --prompt "Once"   any static k, no training needed
 """
 import time
+from itertools import takewhile
 
 import torch
 
@@ -16,16 +17,6 @@ from model import generate_steps
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags
 from scale.graph import graph_decoder
 from study.policies import open_policy, policy_flags
-
-
-def written(steps, stops, ids):
-    """The ids of the steps, (1,1) each, up to the first that ends a text; appends them to `ids`."""
-    for new in steps:
-        token = new.item()
-        if token in stops:
-            return
-        ids.append(token)
-        yield token
 
 
 def main(argv=None):
@@ -55,12 +46,13 @@ def main(argv=None):
     tally = Counted(policy, len(config.moe_layers), a.device)
     start = time.perf_counter()
     tokens = torch.tensor([ids], device=a.device)
-    generator = torch.Generator(a.device).manual_seed(a.seed)
-    steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, generator, graph_decoder)
+    torch.manual_seed(a.seed)
+    steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, decoder=graph_decoder)    # (1,1) each
+    drawn = (step.item() for step in steps)
+    written = takewhile(lambda token: token not in tokenizer.stops, drawn)
     print(a.prompt, end='', flush=True)
-    for piece in tokenizer.stream(written(steps, tokenizer.stops, ids)):
+    for new, piece in enumerate(tokenizer.stream(written)):    # a piece of each token, and one behind them
         print(piece, end='', flush=True)
-    new = len(ids) - n
     rate = new / (time.perf_counter() - start)
     print(f'\n--- {new} tokens behind {n}, {rate:.1f} tokens/s, '
           f'mean k {tally.mean():.3f} of K = {config.top_k}')

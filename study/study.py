@@ -127,9 +127,9 @@ class Study:
         return clustered_error(delta, self.windows[2].flatten())
 
 
-def thousandths(value, error):
-    """Nats and their standard error as text."""
-    return f'{1000 * value:+.1f} ± {1000 * error:.1f}'
+def thousandths(row, value='delta', error='delta_se'):
+    """Nats of a row and their standard error, as text in thousandths; '' where it has none."""
+    return f'{1000 * row[value]:+.1f} ± {1000 * row[error]:.1f}' if value in row else ''
 
 
 # ================================================================ command line
