@@ -61,10 +61,10 @@ def analyse(study, policy):
     k = torch.stack([torch.cat(parts) for parts in by_layer])
     k = torch.cat(gathered(k), dim=1).numpy()                               # (L,n)
     of_token = k.mean(0)
-    classes = []
-    for ids in study.windows[0].tolist():
-        classes += token_classes(study.tokenizer, ids)
-    classes = np.array(classes)                                             # (n,)
+    classes = np.concatenate([
+        token_classes(study.tokenizer, ids)
+        for ids in study.windows[0].tolist()
+    ])                                                                      # (n,)
     easiest_first = of_token[study.of_topk.argsort(stable=True)]
     return {
         'K': study.K,
@@ -116,10 +116,10 @@ def findings(r):
         most_first = sorted(by_class, key=by_class.get, reverse=True)
         of_class = ', '.join(f'{name} {by_class[name]:.2f}' for name in most_first)
         claims.append(('Content words use more', most_first[0] not in CLASSES[1:], of_class))
-    lines = []
-    for claim, holds, numbers in claims:
-        lines.append(f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.')
-    return '\n'.join(lines)
+    return '\n'.join(
+        f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.'
+        for claim, holds, numbers in claims
+    )
 
 
 def analysis_figure(path, r):

@@ -13,7 +13,6 @@ of it (rho), or stand-ins take its place (run/standins.py); and at the full budg
 
 Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/bases-WAY.
 """
-from dataclasses import replace
 from pathlib import Path
 
 from hub.files import read_json, write_json
@@ -49,19 +48,19 @@ def main(argv=None):
     out = open_out('out/bases', 'bases.json', 'bases.png')
     results = {}
     for name in a.only:
-        s = Settings(preset=name, **PRESETS[name])
         run = Path('out') / name
         of_ways = {}
         for way, (changes, budget) in WAYS.items():
             done = run / f'bases-{way}' / 'bases.json'
             if not done.exists():
-                study = Study(replace(s, **changes), open_out(run), done.parent.name)
-                methods = METHODS if way == s.dropped else FEW_METHODS
+                s = Settings(preset=name, **PRESETS[name], **changes)
+                study = Study(s, open_out(run), f'bases-{way}')
+                methods = METHODS if way == 'stand-ins' else FEW_METHODS
                 write_json(done, measure(study, [budget], methods))
             of_ways[way] = read_json(done)
         results[name] = {
             'budget': BUDGET,
-            **of_ways[s.dropped],
+            **of_ways['stand-ins'],
             'ways': of_ways,
         }
         write_json(out / 'bases.json', results)

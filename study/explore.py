@@ -21,7 +21,7 @@ from base.documents import read_documents, split_documents
 from base.frozen import load_model
 from hub.files import InputError, write_whole
 from hub.tokenizer import Tokenizer
-from run.console import one_line_errors, open_model_flags, open_out
+from run.console import one_line_errors, open_out
 from run.evaluate import flops_shares
 from run.rules import SkipFamilies
 from study.policies import open_policy
@@ -97,11 +97,11 @@ def explore(model, tokenizer, ids, T, allocators):
         'top-p': (lambda p: TopP(p, N), 0, 1),
         'random-mix': (RandomMix, 1, K),
     }
-    rows = {name: [] for name in dials}
-    for mean_k in np.linspace(1, K, BUDGETS):
-        for name, dial in dials.items():
-            rows[name].append(calibrated(mean_k, *dial))
-            mean_k = rows['ada-k'][-1]['mean_k']
+    mean_ks = np.linspace(1, K, BUDGETS)
+    rows = {}
+    for name, dial in dials.items():
+        rows[name] = [calibrated(mean_k, *dial) for mean_k in mean_ks]
+        mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]
 
     for of_budget in rows['ada-k']:
         ada = AdaK(allocators, of_budget['knob'])
@@ -145,7 +145,6 @@ def main(argv=None):
     p.add_argument('--prompt', help='the passage itself')
     p.set_defaults(policy='ada-k')
     a = p.parse_args(argv)
-    open_model_flags(a)
     s, folder, _, policy, fitted = open_policy(a)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.front + passage_of(a, s, tokenizer)

@@ -3,7 +3,6 @@
 Every token runs all its choices of k at once, weighted by their probabilities, so the loss can be
 differentiated by them. After training the most probable k is taken, as after PPO.
 """
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from base.frozen import base_folder
 from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError
-from run.console import Progress
+from run.console import Progress, open_model_flags
 from run.state import trained_policy
 from train import next_price, settings_of
 
@@ -97,8 +96,9 @@ def policy_flags(p):
 def open_policy(a):
     """(Settings, folder of the base, its Config, policy, stand-ins) that a program's flags name.
 
-    Sets a.policy.
+    Opens their device and meets the other ranks (run/console.py:open_model_flags); sets a.policy.
     """
+    open_model_flags(a)
     if not a.run and not a.ckpt:
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     a.policy = a.policy or ('ada-k' if a.run else 'top-k')
@@ -120,9 +120,11 @@ def rule(name, config):
     kind, _, knob = name.partition('=')
     if name == 'top-k':
         return TopK(config.top_k)
-    with suppress(ValueError):                                 # a knob that is no number
+    try:
         if kind == 'k' and int(knob) in range(1, N + 1):
             return TopK(int(knob))
         if kind == 'skip' and float(knob) >= 0:
             return Skip(float(knob), config.top_k)
+    except ValueError:                                         # a knob that is no number
+        pass
     raise InputError(f'--policy {name}: use ada-k with --run, or top-k, k=1..{N}, skip=BETA')

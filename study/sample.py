@@ -14,7 +14,7 @@ from base.frozen import load_model
 from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from model import generate_steps
-from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags
+from run.console import OneLineParser, model_flags, one_line_errors
 from scale.graph import graph_decoder
 from study.policies import open_policy, policy_flags
 
@@ -28,7 +28,6 @@ def main(argv=None):
     p.add_argument('--temperature', type=float, default=0.8, help='0: the most probable token (default 0.8)')
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
     a = p.parse_args(argv)
-    open_model_flags(a)
     s, folder, config, policy, fitted = open_policy(a)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.prompt(a.prompt)
