@@ -22,11 +22,12 @@ CLASSES = 'content word', 'number', SPACE, 'operator, punctuation', 'function wo
 # runs of like bytes, a group for each class but the last; what is not ASCII counts as letters
 RUNS = re.compile(rb'([a-zA-Z\x80-\xff]+)|(\d+)|(\s+)|(.)')
 # Python's keywords are function words too
-FUNCTION_WORDS = {*kwlist, *(
+FUNCTION_WORDS = set(
+    f'{" ".join(kwlist)} '
     'a an the and or but nor so yet if then than that this these those of to in on at by for from with '
     'without as is are was were be been being it its he she they we you i him her them us me my your his our '
     'their not no do does did has have had will would can could may might must shall should there which who '
-    'whom what when where'.split())}
+    'whom what when where'.encode().split())
 
 
 # ================================================================ classes of tokens
@@ -39,8 +40,8 @@ def token_classes(tokenizer, ids):
     pieces = [b'\n' if i in tokenizer.marks else tokenizer.bytes_of_id[i] for i in ids]
     of_byte = []
     for match in RUNS.finditer(b''.join(pieces)):
-        run = match.group()
-        function = run.decode('latin-1').lower() in FUNCTION_WORDS
+        run = match[0]
+        function = run.lower() in FUNCTION_WORDS
         of_byte += [CLASSES[-1 if function else match.lastindex - 1]] * len(run)
     classes = []
     end = 0
@@ -67,7 +68,7 @@ def analyse(study, policy):
     ])                                                                      # (n,)
     easiest_first = of_token[study.of_topk.argsort(stable=True)]
     return {
-        'K': study.K,
+        'K': study.families.K,
         'mean_k': k.mean(),
         'histogram': [(k == i).mean() for i in range(1, policy.k_max + 1)],
         'by_layer': k.mean(1).tolist(),

@@ -17,17 +17,17 @@ from pathlib import Path
 
 from hub.files import read_json, write_json
 from run.console import OneLineParser, one_line_errors, open_out
-from study.frontier import RULES, figure, measure, table
+from study.frontier import RULES, measure, show
 from study.study import BUDGET, Study
 from train import PRESETS, Settings
 
 BASES = 'deep', 'prose', 'fine', 'many'
-# {name: (changes to the Settings, budget)}
+# {name: changes to the Settings}
 WAYS = {
-    'published': ({'dropped': 'published'}, BUDGET),
-    'rho': ({'dropped': 'rho'}, BUDGET),
-    'stand-ins': ({}, BUDGET),
-    'beyond': ({'beyond': 1}, 1.0),
+    'published': {'dropped': 'published'},
+    'rho': {'dropped': 'rho'},
+    'stand-ins': {},
+    'beyond': {'beyond': 1, 'budget': 1.0},
 }
 METHODS = *RULES, 'soft', 'ada-k'
 FEW_METHODS = *RULES, 'ada-k'
@@ -50,13 +50,13 @@ def main(argv=None):
     for name in a.only:
         run = Path('out') / name
         of_ways = {}
-        for way, (changes, budget) in WAYS.items():
+        for way, changes in WAYS.items():
             done = run / f'bases-{way}' / 'bases.json'
             if not done.exists():
                 s = Settings(preset=name, **PRESETS[name], **changes)
                 study = Study(s, open_out(run), f'bases-{way}')
                 methods = METHODS if way == 'stand-ins' else FEW_METHODS
-                write_json(done, measure(study, [budget], methods))
+                write_json(done, measure(study, [s.budget], methods))
             of_ways[way] = read_json(done)
         results[name] = {
             'budget': BUDGET,
@@ -64,9 +64,7 @@ def main(argv=None):
             'ways': of_ways,
         }
         write_json(out / 'bases.json', results)
-    print(table(columns(results)))
-    figure(out / 'bases.png', columns(results))
-    print(f'wrote {out}')
+    show(columns(results), out / 'bases.png')
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ EXERCISES = tomllib.loads(Path(__file__).with_name('exercises.toml').read_text('
 def blanked(source, exercise):
     """The source of a file, with the hint in place of what is to be written."""
     function = ast.parse(source)
-    for name in exercise['where'].split(':')[1].split('.'):
+    for name in exercise['function'].split('.'):
         function = next(node for node in function.body if getattr(node, 'name', '') == name)
     body = function.body[ast.get_docstring(function) is not None:]
     kind = getattr(ast, exercise.get('from', 'stmt'))
@@ -53,7 +53,7 @@ def make(exercise, folder):
                 new / path.name,
                 ignore=shutil.ignore_patterns('__pycache__'),
                 dirs_exist_ok=True)
-    file = exercise['where'].split(':')[0]
+    file = exercise['file']
     (new / file).write_text(blanked((ROOT / file).read_text(), exercise))
     new.rename(folder)                                         # whole, or not there at all
     print(f'{folder.name}, about {exercise["minutes"]} minutes: {exercise["equation"]}\n'
@@ -67,7 +67,7 @@ def check(exercise, folder):
     done = subprocess.run(pytest, cwd=folder, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
     if done.returncode == 0:
-        print(f'{folder.name}: {lines[-1]}. Now compare yours with {exercise["where"]}')
+        print(f'{folder.name}: {lines[-1]}. Now compare yours with {exercise["file"]}:{exercise["function"]}')
         return
     # where it failed in the project's files, and what pytest says of it
     told = [line[:110] for line in lines if re.match(r'\w[\w/]*\.py:\d+: |E +\S|ERROR', line)]
@@ -85,9 +85,13 @@ def main(argv=None):
         act(EXERCISES[a.name], COPIES / a.name)
         return
     for name, exercise in EXERCISES.items():
-        print(f'{name}, {exercise["minutes"]} minutes, {exercise["where"]}\n'
-              f'  {exercise["equation"]}')
-        print(*exercise['tests'], '', sep='\n')
+        print(
+            f'{name}, {exercise["minutes"]} minutes, {exercise["file"]}:{exercise["function"]}',
+            f'  {exercise["equation"]}',
+            *exercise['tests'],
+            '',
+            sep='\n',
+        )
 
 
 if __name__ == '__main__':

@@ -101,7 +101,7 @@ def explore(model, tokenizer, ids, T, allocators):
     rows = {}
     for name, dial in dials.items():
         rows[name] = [calibrated(mean_k, *dial) for mean_k in mean_ks]
-        mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]
+        mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]      # of all others
 
     for of_budget in rows['ada-k']:
         ada = AdaK(allocators, of_budget['knob'])
@@ -157,12 +157,11 @@ def main(argv=None):
     # real checkpoints read far more than LONGEST; where they want a token in front, one window has it
     T = n if tokenizer.front else min(n, s.seq)
     *shown, _ = tokenizer.stream(ids)
-    data = {
+    data = json.dumps({
         'run': a.run,
         'tokens': shown,
         **explore(model, tokenizer, ids, T, policy.allocators),
-    }
-    data = json.dumps(data, separators=(',', ':'))
+    }, separators=(',', ':'))
     data = data.replace('<', '\\u003c')                        # so no text can end the script element
     template = Path(__file__).with_suffix('.html').read_text('utf-8')
     page = template.replace('@DATA@', data).encode()

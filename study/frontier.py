@@ -32,7 +32,7 @@ def measure(study, budgets, methods=METHODS):
     for b in budgets:
         rows += rows_at(study, b, methods)
     return {
-        'K': study.K,
+        'K': study.families.K,
         'tokens': len(study.of_topk),
         'documents': len(set(study.windows[2].flat)),
         'seeds': SEEDS,
@@ -139,14 +139,18 @@ def figure(path, columns):
     save_figure(fig, path)
 
 
+def show(columns, path):
+    """Print the table and write the figure, the last of a study's files."""
+    print(table(columns))
+    figure(path, columns)
+    print(f'wrote {path.parent}')
+
+
 def main(argv=None):
     study = open_study(parser(__doc__).parse_args(argv), 'frontier', beyond=1)
     results = measure(study, BUDGETS)
     write_json(study.folder / 'frontier.json', results)
-    columns = by_budget(results['rows'])
-    print(table(columns))
-    figure(study.folder / 'frontier.png', columns)
-    print(f'wrote {study.folder}')
+    show(by_budget(results['rows']), study.folder / 'frontier.png')
 
 
 if __name__ == '__main__':

@@ -57,8 +57,7 @@ def train_soft(s, model, allocators, first, text, log):
     Arguments as of train.py:train_ppo.
     """
     steps = s.ppo_steps
-    generator = torch.Generator().manual_seed(s.seed + 1)
-    batches = text.batches(s.ppo_batch, s.seq, generator)
+    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
     optimizer = torch.optim.AdamW(allocators.parameters(), SOFT_LR)
     progress = Progress('soft mixture', steps)
     k = torch.arange(1.0, allocators.k_max + 1, device=s.device)            # (A,)
@@ -75,8 +74,7 @@ def train_soft(s, model, allocators, first, text, log):
         price = next_price(s, first, log, model.config)
         of_layer = price * mean_k + decisive * entropy
         loss = len(pi) * of_layer - reward
-        done = (step - 1) / steps
-        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - done)
+        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - (step - 1) / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

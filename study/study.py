@@ -41,7 +41,6 @@ class Study:
         self.s = replace(s, price=None)
         self.model, self.tokenizer, texts = base_model(s, out)
         self.text, _, heldout = texts
-        self.K = self.model.config.top_k
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
         _, self.families = prepare(s, self.model, self.text)
         self.digest = base_digest(base_folder(s, out))
@@ -59,7 +58,7 @@ class Study:
             if fact not in FREE and old.get(fact) != value:
                 raise InputError(f'{self.folder} was measured with another {fact}: move it away')
         write_json(path, facts)
-        self.of_topk, _ = self.measured('top-k', lambda: TopK(self.K))      # (n,)
+        self.of_topk, _ = self.measured('top-k', lambda: TopK(self.families.K))      # (n,)
 
     def measured(self, name, policy_of):
         """(loss (n,), counts (L,k_max+1)) of policy_of() on held-out text, from the folder or now."""
@@ -98,8 +97,7 @@ class Study:
         allocators = Allocators.load(path, self.model.config, self.digest)
         allocators.to(self.s.device)
         policy_of = partial(AdaK, allocators)                  # of a price
-        mean_k = self.target(budget)
-        price = calibrate(self.model, self.families.windows, policy_of, mean_k, 5, -5)
+        price = calibrate(self.model, self.families.windows, policy_of, self.target(budget), 5, -5)
         return policy_of(price)
 
     def row(self, measurements):

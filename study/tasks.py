@@ -59,13 +59,12 @@ def run_task(a, lm, name):
 
 
 def metric_rows(results, policy, mean_k):
-    """[one dict per metric] of what the harness returns; a metric's name is the harness's: 'acc,none'."""
-    rows = []
+    """Yield one dict per metric of what the harness returns; a metric's name is the harness's: 'acc,none'."""
     for task, metrics in results['results'].items():
         for metric, value in metrics.items():
             if ',' in metric and '_stderr,' not in metric:
                 stderr = metrics.get(metric.replace(',', '_stderr,'), '')
-                rows.append({
+                yield {
                     'task': task,
                     'shots': results['n-shot'].get(task),
                     'metric': metric,
@@ -73,8 +72,7 @@ def metric_rows(results, policy, mean_k):
                     'value': plain(value),
                     'stderr': plain(stderr),
                     'mean_k': mean_k,
-                })
-    return rows
+                }
 
 
 def plain(value):
@@ -86,8 +84,7 @@ def task_table(rows):
     """One line per task, metric and policy."""
     lines = []
     for row in rows:
-        cells = [f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in row.values()]
-        lines.append(cells)
+        lines.append([f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in row.values()])
     return markdown(['task', 'shots', 'metric', 'policy', 'value', '±', 'mean k'], lines)
 
 

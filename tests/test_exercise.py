@@ -66,12 +66,13 @@ def test_your_rule_can_be_set_to_a_mean_k():
 @functools.cache
 def blank(name):
     """(the function of an exercise, the code that it has in the copy)"""
-    file, function = EXERCISES[name]['where'].split(':')
-    source = blanked((ROOT / file).read_text(), EXERCISES[name])
+    this = EXERCISES[name]
+    file = this['file']
+    source = blanked((ROOT / file).read_text(), this)
     ours = importlib.import_module(file[:-3])
     theirs = types.ModuleType(file[:-3])
     exec(compile(source, file, 'exec'), theirs.__dict__)
-    function = operator.attrgetter(function)
+    function = operator.attrgetter(this['function'])
     return function(ours), function(theirs).__code__
 
 
