@@ -33,9 +33,10 @@ FUNCTION_WORDS = set(
 # ================================================================ classes of tokens
 
 def token_classes(tokenizer, ids):
-    """The class of each token: that of its first character that is not white space; bos, eos are white space.
+    """Yield the class of each token: that of its first character that is not white space.
 
-    The text is what the tokens spell, which may be a normalised form of what the tokenizer was given.
+    bos and eos are white space. The text is what the tokens spell, which may be a normalised form of what the
+    tokenizer was given.
     """
     pieces = [b'\n' if i in tokenizer.marks else tokenizer.bytes_of_id[i] for i in ids]
     of_byte = []
@@ -43,13 +44,11 @@ def token_classes(tokenizer, ids):
         run = match[0]
         function = run.lower() in FUNCTION_WORDS
         of_byte += [CLASSES[-1 if function else match.lastindex - 1]] * len(run)
-    classes = []
     end = 0
     for piece in pieces:
         word = piece.lstrip()
         end += len(piece)
-        classes.append(of_byte[end - len(word)] if word else SPACE)
-    return classes
+        yield of_byte[end - len(word)] if word else SPACE
 
 
 # ================================================================ what is measured
@@ -63,7 +62,7 @@ def analyse(study, policy):
     k = torch.cat(gathered(k), dim=1).numpy()                               # (L,n)
     of_token = k.mean(0)
     classes = np.concatenate([
-        token_classes(study.tokenizer, ids)
+        list(token_classes(study.tokenizer, ids))
         for ids in study.windows[0].tolist()
     ])                                                                      # (n,)
     easiest_first = of_token[study.of_topk.argsort(stable=True)]
@@ -72,7 +71,7 @@ def analyse(study, policy):
         'mean_k': k.mean(),
         'histogram': [(k == i).mean() for i in range(1, policy.k_max + 1)],
         'by_layer': k.mean(1).tolist(),
-        'by_class': {name: of_token[classes == name].mean() for name in np.unique(classes).tolist()},
+        'by_class': {name: of_token[classes == name].mean() for name in sorted(set(classes))},
         'by_difficulty': [tenth.mean() for tenth in np.array_split(easiest_first, 10)],
     }
 

@@ -69,8 +69,7 @@ def explore(model, tokenizer, ids, T, allocators):
         losses = -ppo.next_token_logp(logits[:-1], ids[1:])                 # (n-1,)
         best, guesses = logits.softmax(-1).topk(SHOWN)                      # (n,SHOWN) both
         tally = Counted(policy, len(k))
-        for layer, of_layer in enumerate(k):
-            tally.count(layer, None, None, of_layer)
+        tally.counts.scatter_add_(1, k, torch.ones_like(k))
         return {
             **flops_shares(config, tally, T, standins.rank_in(model)),
             'loss': losses.mean().item(),

@@ -46,8 +46,8 @@ class SoftMixture(TopK):
         left = 0
         for n, pi in enumerate(self.steps[-1].T[..., None], 1):             # (P,1) each
             ids, of_n, left_by_n = super().select(probs, torch.full_like(k, n), how)
-            weights = weights + pi * of_n
-            left = left + pi * left_by_n
+            weights += pi * of_n
+            left += pi * left_by_n
         return ids, weights, left
 
 

@@ -54,8 +54,8 @@ def ablations(s):
     return named
 
 
-def lengths(s):
-    """{recipe: the changes to Settings}."""
+def published(s):
+    """{recipe, short or at full length: the changes to Settings}."""
     return {
         'the default': {},
         'published, as long': PUBLISHED,
@@ -84,17 +84,16 @@ def main(argv=None):
     a = p.parse_args(argv)
     study = open_study(a, 'recipes')
     s = study.s
-    kind = 'published' if a.published else 'ablations'
-    recipes = lengths(s) if a.published else ablations(s)
+    recipes = published if a.published else ablations
     rows = []
-    for what, changes in recipes.items():
+    for what, changes in recipes(s).items():
         of = study
         if changes.keys() & FITTED:
             of = Study(replace(s, **changes), Path(a.run), f'recipes-{what}')
         measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, s.seed, **changes))
         row, _ = of.row([measurement])
         rows.append({'what': what, **row})
-        write_json(study.folder / f'{kind}.json', {'rows': rows})
+        write_json(study.folder / f'{recipes.__name__}.json', {'rows': rows})
     print(recipe_table({'rows': rows}))
     print(f'wrote {study.folder}')
 

@@ -46,9 +46,8 @@ def main(argv=None):
     start = time.perf_counter()
     tokens = torch.tensor([ids], device=a.device)
     torch.manual_seed(a.seed)
-    steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, decoder=graph_decoder)    # (1,1) each
-    drawn = (step.item() for step in steps)
-    written = takewhile(lambda token: token not in tokenizer.stops, drawn)
+    steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, decoder=graph_decoder)
+    written = takewhile(lambda token: token not in tokenizer.stops, map(int, steps))    # steps are (1,1) each
     print(a.prompt, end='', flush=True)
     for new, piece in enumerate(tokenizer.stream(written)):    # a piece of each token, and one behind them
         print(piece, end='', flush=True)

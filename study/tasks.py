@@ -25,15 +25,14 @@ def open_model(folder, device_map):
     )
     try:
         from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype='auto',
             device_map=device_map,
             experts_implementation='grouped_mm',
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return HFLM(model.eval(), tokenizer=tokenizer, batch_size=1)           # no padding to be counted
+        return HFLM(model, batch_size=1)                       # with its tokenizer; no padding to be counted
     except Exception as e:                                     # of many kinds, from three packages
         raise InputError(f'tasks: {plain(e)}; '
                          f'it needs: pip install lm-eval transformers accelerate') from None
