@@ -51,8 +51,8 @@ def main(argv=None):
     print(a.prompt, end='', flush=True)
     for new, piece in enumerate(tokenizer.stream(written)):    # a piece of each token, and one behind them
         print(piece, end='', flush=True)
-    rate = new / (time.perf_counter() - start)
-    print(f'\n--- {new} tokens behind {n}, {rate:.1f} tokens/s, '
+    seconds = time.perf_counter() - start
+    print(f'\n--- {new} tokens behind {n}, {new / seconds:.1f} tokens/s, '
           f'mean k {tally.mean():.3f} of K = {config.top_k}')
 
 

@@ -43,13 +43,12 @@ def run_task(a, lm, name):
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
-        manager = TaskManager(include_defaults=not name.endswith('.yaml'))             # 14,000 files
         return simple_evaluate(
             lm,
             tasks=[name],
             num_fewshot=a.shots,
             limit=a.limit,
-            task_manager=manager,
+            task_manager=TaskManager(include_defaults=not name.endswith('.yaml')),     # 14,000 files
             log_samples=False,
             bootstrap_iters=1000,
         )
