@@ -27,7 +27,7 @@ FUNCTION_WORDS = set(
     'a an the and or but nor so yet if then than that this these those of to in on at by for from with '
     'without as is are was were be been being it its he she they we you i him her them us me my your his our '
     'their not no do does did has have had will would can could may might must shall should there which who '
-    'whom what when where'.encode().split())
+    'whom what when where'.lower().encode().split())
 
 
 # ================================================================ classes of tokens
