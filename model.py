@@ -80,12 +80,13 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(config, positions, dtype):
-    """cos and sin (T,D) of the rotary angles of positions (T,), sin signed for `rotate`; computed in fp32."""
+def rope_table(config, T, device, dtype):
+    """cos and sin (T,D) of the rotary angles of T positions, sin signed for `rotate`; computed in fp32."""
     D = config.head_dim
-    pairs = torch.arange(0, D, 2, device=positions.device).float()          # (D/2,)
+    pairs = torch.arange(0, D, 2, device=device).float()                    # (D/2,)
     frequency = 1 / config.rope_theta ** (pairs / D)                        # (D/2,)
-    angle = positions.float()[:, None] * frequency                          # (T,D/2)
+    positions = torch.arange(T, device=device).float()                      # (T,)
+    angle = positions[:, None] * frequency                                  # (T,D/2)
     cos = torch.cat([angle, angle], dim=-1).cos()                           # (T,D)
     sin = angle.sin()
     sin = torch.cat([-sin, sin], dim=-1)                                    # (T,D)
@@ -133,7 +134,7 @@ class Attention(nn.Module):
         v = v.unflatten(-1, heads).transpose(1, 2)                          # (B,kv heads,T,D)
         n_heads = qk.shape[1] - v.shape[1]
         q, k = rotate(qk, *rope).tensor_split((n_heads,), dim=1)
-        if cache is not None:
+        if cache:
             k, v = cache.extend(layer, k, v)                                # (B,kv heads,S,D), S seen
         y = F.scaled_dot_product_attention(
             q, k, v,
@@ -185,11 +186,11 @@ class MoE(nn.Module):
             k = choose_k(self.moe_layer, x, probs)                          # (P,)
             ids, weights, left = choose_k.select(probs, k, self.weighting)  # (P,width) each
         y = moe_dispatch.moe(x, ids, weights, k, self.w_in, self.w_out)     # (P,C)
-        if self.standins is not None and left is not None:
+        if self.standins and left is not None:
             y = y + self.standins(x, ids, left)
-        if self.shared is not None:
+        if self.shared:
             shared = self.shared(x)
-            if self.shared_gate is not None:
+            if self.shared_gate:
                 shared = F.sigmoid(self.shared_gate(x)) * shared
             y = y + shared
         return y
@@ -239,21 +240,20 @@ class Transformer(nn.Module):
         if self.config.tie:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def positions(self, T, cache, dtype):
+    def positions(self, T, cache=None):
         """(cos, sin), (T,D) each, of T tokens behind the cache, and their mask (T,S) or None."""
-        if cache is not None:
-            return cache.rope(T), cache.mask(T)
-        places = torch.arange(T, device=self.device)
-        return rope_table(self.config, places, dtype), None
+        if cache:
+            return cache.positions(T)
+        return rope_table(self.config, T, self.device, self.dtype), None
 
     def hidden(self, tokens, choose_k=None, cache=None):
         """The last hidden states (B,T,C), for the head. Arguments as in `forward`."""
         x = self.embed_tokens(tokens)                                       # (B,T,C)
         T = tokens.shape[1]
-        rope, mask = self.positions(T, cache, x.dtype)
-        for layer in self.layers:
+        rope, mask = self.positions(T, cache)
+        for layer in self.visit():
             x = layer(x, rope, mask, cache, choose_k)
-        if cache is not None:
+        if cache:
             cache.advance(T)
         return self.norm(x)
 
@@ -296,25 +296,23 @@ class Cache:
 
     def __init__(self, config, B, max_len, device, dtype):
         shape = config.n_layers, B, config.n_kv_heads, max_len, config.head_dim
-        places = torch.arange(max_len, device=device)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.table = rope_table(config, places, dtype)                      # (max_len,D) both
+        self.table = rope_table(config, max_len, device, dtype)             # (max_len,D) both
         self.length = 0
 
-    def rope(self, T):
-        """cos and sin (T,D) of the next T tokens."""
-        end = self.length + T
-        assert end <= self.k.shape[3], f'{end} tokens in a cache of {self.k.shape[3]}'
-        return [table[self.length:end] for table in self.table]
+    def positions(self, T):
+        """(cos, sin), (T,D) each, of the next T tokens, and which of the S tokens seen they may look at.
 
-    def mask(self, T):
-        """Which of the S tokens seen the next T may look at, (T,S) bool; None: plain causal attention."""
-        if T == 1 or self.length == 0:
-            return None
+        The latter is (T,S) bool, or None for plain causal attention.
+        """
         S = self.length + T
+        assert S <= self.k.shape[3], f'{S} tokens in a cache of {self.k.shape[3]}'
+        rope = [table[self.length:S] for table in self.table]
+        if T == 1 or self.length == 0:
+            return rope, None
         everything = torch.ones(T, S, dtype=torch.bool, device=self.k.device)
-        return everything.tril(self.length)
+        return rope, everything.tril(self.length)
 
     def extend(self, layer, k, v):
         """Write k, v (B,kv heads,T,D) behind what was seen; return all keys and values of the layer."""

@@ -96,7 +96,7 @@ class SkipFamilies:
         """
         model = self.model
         x = model.embed_tokens(tokens)                                      # (B,T,C) with no layer varied yet
-        positions = model.positions(tokens.shape[1], None, x.dtype)
+        positions = model.positions(tokens.shape[1])
         top_k = x
         others = []
         for layer in model.visit():

@@ -2,14 +2,14 @@
 import torch
 
 import moe_dispatch
-from model import Transformer, eager_decoder
+from model import Cache, Transformer, eager_decoder
 
 
-class StaticCache:
+class StaticCache(Cache):
     """A filled Cache taken over for decoding, its length a number on the device.
 
     Every step is the same kernels over the same memory (attention over all max_len places, the empty ones
-    masked), so a CUDA graph can hold one. The methods are those of Cache, with T = 1.
+    masked), so a CUDA graph can hold one: each adds 1 to the length in place. T is always 1.
     """
 
     def __init__(self, cache):
@@ -20,19 +20,14 @@ class StaticCache:
         self.length = torch.tensor([cache.length], device=device)           # (1,)
         self.places = torch.arange(cache.k.shape[3], device=device)         # (max_len,)
 
-    def rope(self, T):
-        return [table[self.length] for table in self.table]
-
-    def mask(self, T):
-        return self.places[None] <= self.length                             # (1,max_len)
+    def positions(self, T):
+        rope = [table[self.length] for table in self.table]                 # (1,D) each
+        return rope, self.places[None] <= self.length                       # (1,max_len)
 
     def extend(self, layer, k, v):
         self.k[layer].index_copy_(2, self.length, k)
         self.v[layer].index_copy_(2, self.length, v)
         return self.k[layer], self.v[layer]
-
-    def advance(self, T):
-        self.length += T                                       # in place: a replayed graph counts on
 
 
 def graph_decoder(model, choose_k, cache):
@@ -44,15 +39,15 @@ def graph_decoder(model, choose_k, cache):
     stays = type(model) is Transformer                         # all layers are where they are
     few = cache.k.shape[1] <= moe_dispatch.STATIC_TOKENS
     if stays and few and moe_dispatch.native(cache.k):
-        return Captured(model, choose_k, StaticCache(cache))
+        return Captured(eager_decoder(model, choose_k, StaticCache(cache)))
     return eager_decoder(model, choose_k, cache)
 
 
 class Captured:
     """Decoding steps of which the third is captured: the first two start what must not start in a capture."""
 
-    def __init__(self, model, choose_k, cache):
-        self.eager = eager_decoder(model, choose_k, cache)
+    def __init__(self, eager):
+        self.eager = eager
         self.steps = 0
 
     def __call__(self, new):

@@ -40,21 +40,15 @@ class LayerByLayer(Transformer):
             yield layer
             self.end(layer)
 
-    def hidden(self, tokens, choose_k=None, cache=None):
-        return self.hidden_of([(tokens, choose_k)], cache)[0]
-
-    def hidden_of(self, passes, cache=None):
+    def hidden_of(self, passes):
         xs = []                                                             # (B,T,C) each
         positions = []
         for tokens, _ in passes:
-            x = self.embed_tokens(tokens)
-            xs.append(x)
-            positions.append(self.positions(tokens.shape[1], cache, x.dtype))
+            xs.append(self.embed_tokens(tokens))
+            positions.append(self.positions(tokens.shape[1]))
         for layer in self.visit():
             for i, (_, choose_k) in enumerate(passes):
-                xs[i] = layer(xs[i], *positions[i], cache, choose_k)
-        if cache is not None:
-            cache.advance(xs[0].shape[1])
+                xs[i] = layer(xs[i], *positions[i], None, choose_k)
         return [self.norm(x) for x in xs]
 
 
