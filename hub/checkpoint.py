@@ -11,7 +11,7 @@ import torch
 
 from hub.config import read_config, to_hf
 from hub.files import InputError, read_json, reading, write_json
-from hub.safetensors import read_header, read_into, write_safetensors
+from hub.safetensors import raw_bytes, read_header, read_into, write_safetensors
 from model import Transformer
 
 HEAD = 'lm_head.weight'
@@ -41,7 +41,7 @@ def find_checkpoint(name, config_only=False):
     hub_id = CHECKPOINTS[name]
     here = Path('checkpoints') / name
     wanted = 'config.json' if config_only else 'model*.safetensors'
-    for folder in (here, cached(hub_id)):
+    for folder in here, cached(hub_id):
         if any(folder.glob(wanted)):
             return folder
     if not config_only:
@@ -90,7 +90,7 @@ def weights_digest(tensors):
     """
     digest = hashlib.sha256()
     for t in tensors:
-        digest.update(t.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy())
+        digest.update(raw_bytes(t.detach().cpu().bfloat16().contiguous()))
     return digest.hexdigest()
 
 
@@ -195,6 +195,11 @@ def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total:
     wrong.
     """
     model, layouts = open_checkpoint(folder, dtype, Transformer)
+    return fill(model, layouts, device, progress)
+
+
+def fill(model, layouts, device, progress):
+    """Give what `open_checkpoint` returned memory on the device, and the weights in its files."""
     model = model.to_empty(device=device)
     model.tie()
     views = hub_tensors(model)

@@ -28,12 +28,12 @@ def weight_counts(config):
     return max(layers), sum(layers), count(model) - sum(layers)
 
 
-def weight_bytes(config, itemsize, how, size=1):
-    """Bytes of the weights on a device: 'plain', 'stream'ed, or 'shard'ed over `size` ranks."""
+def weight_bytes(config, itemsize, stream, size):
+    """Bytes of the weights on a device: all of them, `stream`ed, or an equal part on each of `size` ranks."""
     layer, layers, rest = weight_counts(config)
-    if how == 'stream':
+    if stream:
         layers = 2 * layer                                     # the others are on the host
-    elif how == 'shard':
+    elif size > 1:
         layers = layers // size + 2 * layer
     return itemsize * (layers + rest)
 
@@ -89,10 +89,7 @@ def check_memory(s, config, itemsize, size, working):
     Returns whether all layers of a streamed model can be page-locked in host memory.
     """
     device = torch.device(s.device)
-    how = 'shard' if size > 1 else 'plain'
-    if s.stream:
-        how = 'stream'
-    need = working + weight_bytes(config, itemsize, how, size)
+    need = working + weight_bytes(config, itemsize, s.stream, size)
     free = free_memory(device)
     if need > free:
         raise InputError(

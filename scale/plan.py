@@ -61,7 +61,7 @@ def plan(s, machines):
     working = working_bytes(s, config, itemsize)
     memory = {}                                                             # bytes on a device
     for how, size in HOW.items():
-        memory[how] = weight_bytes(config, itemsize, how, size) + working // size
+        memory[how] = weight_bytes(config, itemsize, how == 'stream', size) + working // size
     work = run_flops(s, config)
     sweeps = s.ppo_steps + SWEEPS
     hours = {}
@@ -88,8 +88,7 @@ def plan_table(plans):
     """Plans for the same machines as a Markdown table."""
     head = ['model', 'weights', 'of a layer', 'allocators']
     head += ['on one GPU', '`--stream`', 'each of 8 GPUs', 'FLOPs']
-    for name in plans[0]['hours']:
-        head.append(f'hours, `--stream`, {name}')
+    head += [f'hours, `--stream`, {name}' for name in plans[0]['hours']]
     lines = []
     for p in plans:
         line = [p['ckpt'], gb(p['bytes']), gb(p['layer_bytes']), f'{p["allocators"] / 1e6:.2f}M']

@@ -1,11 +1,8 @@
 """scale/shard.py: one model over the ranks of torch.distributed, each with a part of every layer (FSDP2)."""
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from hub.checkpoint import first_row, hub_tensors, open_checkpoint
-from hub.safetensors import read_into
+from hub.checkpoint import fill, first_row, hub_tensors, open_checkpoint
 from scale.stream import LayerByLayer
 
 
@@ -26,23 +23,18 @@ class Sharded(LayerByLayer):
 
 def shard(folder, dtype, device, progress=lambda done, total: None):
     """The frozen `Sharded` model in a hub-format folder; each rank reads only its part of the files."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard         # half a second that one process need not wait
-    model, layouts = open_checkpoint(Path(folder), dtype, Sharded)
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    model, layouts = open_checkpoint(folder, dtype, Sharded)
+    mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `end` does
-    model = model.to_empty(device=device)
-    model.tie()
     views = hub_tensors(model)
-    for i, (path, layout) in enumerate(layouts.items(), 1):
+    for layout in layouts.values():
         for name in views.keys() & layout.keys():
             dtype, shape, begin, stop = layout[name]
-            mine = views[name].shape
-            if mine != torch.Size(shape):                      # some rows of this tensor
+            mine = list(views[name].shape)
+            if mine != shape:                                  # some rows of this tensor
                 row = (stop - begin) // shape[0]               # bytes
                 begin += row * first_row(shape[0], mesh)
                 layout[name] = dtype, mine, begin, begin + row * mine[0]
-        read_into(path, layout, views)
-        progress(i, len(layouts))
-    return model
+    return fill(model, layouts, device, progress)

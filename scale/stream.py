@@ -7,7 +7,6 @@ the last bit.
 """
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -79,7 +78,7 @@ class Streamed(LayerByLayer):
             buffers = range(n if pinned else 2)
             self.host = [torch.empty(size, dtype=dtype, pin_memory=True) for _ in buffers]
             self.side = torch.cuda.Stream(device)
-        for module in (self.embed_tokens, self.norm, self.lm_head):
+        for module in self.embed_tokens, self.norm, self.lm_head:
             module.to_empty(device=device)
         self.tie()
         # where the files' tensors go: {layer, or None: {hub name: view}}
@@ -150,11 +149,10 @@ def lay_out(layers, buffers):
             views[name] = flat[at:at + p.numel()].view(p.shape)
             at += padded(p.numel())
         layer.load_state_dict(views, assign=True)
-        layer.requires_grad_(False)
 
 
 def stream(folder, dtype=torch.float32, device='cpu', pinned=False, progress=lambda done, total: None):
     """The frozen `Streamed` model in a folder. `pinned`: all layers in page-locked host memory, for CUDA."""
-    model, layouts = open_checkpoint(Path(folder), dtype, Streamed)
+    model, layouts = open_checkpoint(folder, dtype, Streamed)
     model.prepare(layouts, dtype, torch.device(device), pinned, progress)
     return model
