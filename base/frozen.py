@@ -75,8 +75,7 @@ def is_there(folder, recipe, fresh=False):
                          f'remove it, or choose another --out')
     if not folder.exists():
         return False
-    path = folder / 'recipe.json'
-    old = read_json(path) if path.exists() else {}
+    old = read_json(folder / 'recipe.json', {})
     files = {path.name for path in folder.iterdir()}
     if (fresh and files - BASE_FILES) or not recipe.keys() <= old.keys():
         raise InputError(f'{folder} holds files that are no base of this program: '

@@ -29,10 +29,12 @@ def reading(path):
         raise InputError(f'{path}: damaged, or of another version ({cause})') from None
 
 
-def read_json(path):
-    """The object in a JSON file, a dict."""
+def read_json(path, absent=None):
+    """The object in a JSON file, a dict; `absent`, where that is given, if there is no such file."""
+    if absent is not None and not path.exists():
+        return absent
     with reading(path):
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
+        value = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(value, dict):
             raise InputError(f'{path}: not a JSON object')
     return value

@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 import unicodedata
-from pathlib import Path
 
 import regex
 import tiktoken
@@ -61,7 +60,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder):
-        path = Path(folder) / 'tokenizer.json'
+        path = folder / 'tokenizer.json'
         hf = read_json(path)
         self.library = None
         self.front = []
@@ -75,7 +74,7 @@ class Tokenizer:
             for token in hf.get('added_tokens', []):
                 content = token['content']
                 self.bytes_of_id[self.ids[content]] = content.encode()
-        self.read_ends(Path(folder))
+        self.read_ends(folder)
 
     def hand_over(self, path, what):
         """Let the package `tokenizers` find the ids, for `what` is not modelled."""
@@ -134,7 +133,7 @@ class Tokenizer:
     def read_added(self, tokens):
         """The added tokens, numbered as by the library, whatever their `id` says."""
         self.sought = {}                                # what is looked for: (id, is it special?)
-        keys = {False: ['\ud800'], True: ['\ud800']}    # before the normalizer, and behind it; never empty
+        keys = ['\ud800'], ['\ud800']                   # before the normalizer, and behind it; never empty
         for token in tokens:
             match token:
                 case {
@@ -151,8 +150,7 @@ class Tokenizer:
                     keys[normalized].append(key)
                 case _:
                     raise ValueError(f'the added token {token}')
-        self.raw = regex.compile(r'\L<longest>', longest=keys[False])
-        self.normal = regex.compile(r'\L<longest>', longest=keys[True])
+        self.raw, self.normal = [regex.compile(r'\L<longest>', longest=own) for own in keys]
 
     def read_ends(self, folder):
         """front, eos and stops, of the first file that says something about them.
@@ -162,12 +160,11 @@ class Tokenizer:
         A bos_token_id alone says only which token that would be: Qwen names one and never adds it.
         """
         stops = []
-        for name in ('generation_config.json', 'config.json'):
+        for name in 'generation_config.json', 'config.json':
             path = folder / name
-            if path.exists() and not stops:
-                stops = token_ids(read_json(path), 'eos_token_id', path)
+            stops = stops or token_ids(read_json(path, {}), 'eos_token_id', path)
         path = folder / 'tokenizer_config.json'
-        ours = read_json(path) if path.exists() else {}
+        ours = read_json(path, {})
         with reading(path):
             bos = self.named(ours.get('bos_token'))
             eos = self.named(ours.get('eos_token'))

@@ -53,7 +53,7 @@ class Study:
             **asdict(s),
         }
         path = self.folder / 'study.json'
-        old = read_json(path) if path.exists() else facts
+        old = read_json(path, facts)
         for fact, value in facts.items():
             if fact not in FREE and old.get(fact) != value:
                 raise InputError(f'{self.folder} was measured with another {fact}: move it away')
