@@ -308,8 +308,10 @@ def find_knob(mean_k, target, low, high, most):
     """
     too_few = 1 - target
     too_many = most - target
-    if too_few >= 0 or too_many <= 0:
-        return low if too_few >= 0 else high
+    if too_few >= 0:
+        return low
+    if too_many <= 0:
+        return high
     best_miss = float('inf')
     for _ in range(20):
         knob = low + (high - low) * too_few / (too_few - too_many)

@@ -51,8 +51,7 @@ class Config:
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
     max_len: int = 2048         # longest sequence the model was made for, in tokens
-    bos: int | None = None      # token ids
-    eos: int | None = None
+    eos: int | None = None      # the id behind a document
 
     @property
     def moe_layers(self):

@@ -63,12 +63,14 @@ class Muon:
     @torch.no_grad()
     def step(self, lr):
         for (m, n), params in self.groups.items():
-            grads = torch.cat([p.grad.view(-1, m, n) for p in params])
+            grads = [p.grad.view(-1, m, n) for p in params]
+            sizes = list(map(len, grads))
+            grads = torch.cat(grads)
             average = grads.lerp(self.averages[m, n], MOMENTUM)
             self.averages[m, n] = average
             update = orthogonalise(grads.lerp(average, MOMENTUM))
             scale = -lr * max(1, m / n) ** 0.5
-            for p, u in zip(params, update.split([p[..., 0, 0].numel() for p in params])):
+            for p, u in zip(params, update.split(sizes)):
                 p.add_(u.view_as(p), alpha=scale)
 
 
@@ -87,10 +89,13 @@ def balance_loss(router_probs, top_k):
 
 
 @torch.no_grad()
-def new_model(config, seed):
-    """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), smaller at residuals."""
+def new_model(config):
+    """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), smaller at residuals.
+
+    Always the same ones.
+    """
     model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = p.shape[-1] ** -0.5 if 'layers' in name else 0.02
@@ -102,7 +107,7 @@ def new_model(config, seed):
 
 def learn_base(s, config, text):
     """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
-    model = new_model(config, seed=0).to(s.device)
+    model = new_model(config).to(s.device)
     matrices = []
     routers = []
     others = []

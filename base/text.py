@@ -27,12 +27,13 @@ class Text:
     document: np.ndarray            # (n,) the number of the document each token belongs to
     front: tuple = ()               # the ids that the tokenizer puts in front of a text
 
-    def at(self, place):
-        """The tokens at `place` (n,T) int64, those behind them, and the documents of the latter.
+    def at(self, begin, T):
+        """The T tokens from `begin` (n,) on, (n,T) int64, those behind them, and the documents of the latter.
 
         A model that was trained with a token in front of every text attends to it all the time, so it stands
         at the beginning of a window, in place of the text's own token. It is never a target.
         """
+        place = begin[:, None] + torch.arange(T)                            # (n,T)
         inputs = self.tokens[place].long()
         for i, front in enumerate(self.front):
             inputs[:, i] = front
@@ -46,8 +47,7 @@ class Text:
         n = (len(self.tokens) - 1) // T
         wanted = min(n, max(1, limit // T))
         chosen = np.linspace(0, n - 1, wanted).astype(int)
-        at = torch.from_numpy(chosen)[:, None] * T + torch.arange(T)                        # (n,T)
-        return self.at(at)
+        return self.at(torch.from_numpy(chosen) * T, T)
 
     def batches(self, B, T, generator):
         """Endless random batches as `windows` (B,T); every token once before any token twice."""
@@ -56,8 +56,7 @@ class Text:
             n = (len(self.tokens) - offset - 1) // T
             for chosen in torch.randperm(n, generator=generator).split(B):
                 if len(chosen) == B:
-                    at = offset + chosen[:, None] * T + torch.arange(T)                     # (B,T)
-                    inputs, targets, document = self.at(at)
+                    inputs, targets, document = self.at(offset + chosen * T, T)             # (B,T) each
                     yield inputs, targets, torch.from_numpy(document)
 
 
@@ -96,24 +95,22 @@ def learn_bpe(texts, n_tokens):
     count = collections.Counter()                       # pair of characters -> how often it occurs
 
     def tally(word, n):
-        for pair in zip(word, word[1:]):
-            count[pair] += n
+        for a, b in zip(word, word[1:]):
+            count[a + b] += n
 
     for word, n in words.items():
         tally(word, n)
     merges = []
     while len(merges) < n_tokens - 256 and count:
-        best = max(count, key=lambda pair: (count[pair], pair))
-        a, b = best
-        pair = a + b
+        pair = max(count, key=lambda pair: (count[pair], pair))
         for word in [word for word in words if pair in word]:
             n = words.pop(word)
             tally(word, -n)
             word = word.replace(pair, chr(256 + len(merges)))
             tally(word, n)
             words[word] = n
-        del count[best]
-        merges.append((ord(a), ord(b)))
+        del count[pair]
+        merges.append(tuple(map(ord, pair)))
     return merges
 
 

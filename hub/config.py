@@ -91,7 +91,7 @@ def field(hf, name, default=None):
 def from_hf(hf):
     """The Config of a hub config.json (a dict). InputError names what is missing or not supported.
 
-    Without bos and eos, which are the tokenizer's.
+    Without eos, which is the tokenizer's.
     """
     # transformers 4 and 5 keep what belongs to the rotary angles in an object of its own
     hf = {**hf, **field(hf, 'rope_parameters', {}), **field(hf, 'rope_scaling', {})}
