@@ -23,9 +23,8 @@ import torch
 import moe_dispatch
 import run.standins as standins
 from allocator import AdaK, Allocators
-from base.frozen import base_folder, base_model
+from base.frozen import base_model
 from base.pretrain import new_model
-from hub.checkpoint import base_digest
 from hub.files import write_json
 from model import Config
 from run.console import OneLineParser, model_flags, one_line_errors, open_model_flags, open_out
@@ -164,10 +163,9 @@ def random_models(device):
 def of_run(a, s):
     """(name, model, tokens (n,T) of held-out text, policy) of a run, or of --ckpt with random allocators."""
     run = Path(a.run or '')
-    model, _, texts = base_model(s, run)
+    model, _, texts, digest = base_model(s, run)
     tokens = texts[2].windows(s.seq, 2048)[0].to(s.device)
     if a.run:
-        digest = base_digest(base_folder(s, run))
         policy = trained_policy(run, model.config, digest, s.device)
         standins.use(model, standins.of_run(run, digest))
     else:

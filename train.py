@@ -28,8 +28,7 @@ import torch
 import ppo
 import run.standins as standins
 from allocator import AdaK, Rollout, TopK
-from base.frozen import base_folder, base_model
-from hub.checkpoint import base_digest
+from base.frozen import base_model
 from hub.files import InputError, read_json, reading, write_json
 from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, one_line_errors, open_device,
@@ -270,7 +269,7 @@ def run(s, out):
         seconds[stage] = time.monotonic() - start - sum(seconds.values())
 
     # base model and text
-    model, tokenizer, (text, _, heldout) = base_model(s, out)
+    model, tokenizer, (text, _, heldout), digest = base_model(s, out)
     c = model.config
     check_budget(s, c.top_k)
     lap('base')
@@ -281,7 +280,6 @@ def run(s, out):
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
     log = []
-    digest = base_digest(base_folder(s, out))
     facts = {**in_state(s), 'base': digest, 'length of the text': len(text.tokens)}
     state = out / 'state.pt'
     if state.exists() and not s.resume:

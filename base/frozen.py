@@ -8,7 +8,7 @@ import torch
 from base.documents import read_documents, split_documents
 from base.pretrain import BATCH, config_of, learn_base, recipe_of
 from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
-from hub.checkpoint import find_checkpoint, load, save, weight_dtype
+from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from hub.tokenizer import Tokenizer
@@ -23,10 +23,10 @@ BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_c
 
 
 def base_model(s, out):
-    """(model, tokenizer, texts): the frozen base of --ckpt or of OUT/base, learnt first if need be.
+    """(model, tokenizer, texts, digest): the frozen base of --ckpt or of OUT/base, learnt first if need be.
 
-    texts: the three splits as Text. InputError if the base that is there was learnt with other settings or
-    text, is not this program's, or does not fit the text.
+    texts: the three splits as Text; digest: of hub/checkpoint.py:base_digest. InputError if the base that is
+    there was learnt with other settings or text, is not this program's, or does not fit the text.
     """
     documents = read_documents(s.data, s.documents, s.prose)
     parts = split_documents(documents)
@@ -57,7 +57,7 @@ def base_model(s, out):
         logits = model(inputs.to(model.device))                             # (1,T,V)
     if not logits.isfinite().all():
         raise InputError(f'{folder}: the base model gives NaN on ordinary text')
-    return model, tokenizer, texts
+    return model, tokenizer, texts, base_digest(folder)
 
 
 def base_folder(s, out):

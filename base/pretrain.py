@@ -63,9 +63,9 @@ class Muon:
     @torch.no_grad()
     def step(self, lr):
         for (m, n), params in self.groups.items():
-            grads = [p.grad.view(-1, m, n) for p in params]
-            sizes = list(map(len, grads))
-            grads = torch.cat(grads)
+            parts = [p.grad.view(-1, m, n) for p in params]
+            sizes = list(map(len, parts))
+            grads = torch.cat(parts)
             average = grads.lerp(self.averages[m, n], MOMENTUM)
             self.averages[m, n] = average
             update = orthogonalise(grads.lerp(average, MOMENTUM))

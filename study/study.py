@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from allocator import AdaK, Allocators, TopK
-from base.frozen import base_folder, base_model
-from hub.checkpoint import base_digest
+from base.frozen import base_model
 from hub.files import InputError, read_json, reading, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 from run.console import OneLineParser, model_flags, open_model_flags, open_out
@@ -39,11 +38,10 @@ class Study:
     def __init__(self, s, out, name):
         check_ranks(s)
         self.s = replace(s, price=None)
-        self.model, self.tokenizer, texts = base_model(s, out)
+        self.model, self.tokenizer, texts, self.digest = base_model(s, out)
         self.text, _, heldout = texts
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
         _, self.families = prepare(s, self.model, self.text)
-        self.digest = base_digest(base_folder(s, out))
         self.folder = out / name
         there = [path.name for path in self.folder.glob('*')]
         open_out(self.folder, *there)
