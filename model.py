@@ -326,15 +326,15 @@ class Cache:
         self.length += T
 
 
-def next_logits(model, tokens, choose_k, cache):
-    """The logits (B,V) in fp32 behind the last of tokens (B,T), which stand behind those of the cache."""
-    last = model.hidden(tokens, choose_k, cache)[:, -1]                     # (B,C)
-    return model.lm_head(last).float()
-
-
 def eager_decoder(model, choose_k, cache):
-    """step(new (B,1)) -> the next logits (B,V). scale/graph.py has one that a CUDA graph makes faster."""
-    return lambda new: next_logits(model, new, choose_k, cache)
+    """step(tokens (B,T), behind those of the cache) -> the logits (B,V) in fp32 behind the last of them.
+
+    scale/graph.py has one for T = 1 that a CUDA graph makes faster.
+    """
+    def step(tokens):
+        last = model.hidden(tokens, choose_k, cache)[:, -1]                 # (B,C)
+        return model.lm_head(last).float()
+    return step
 
 
 @torch.inference_mode()
@@ -342,7 +342,7 @@ def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=N
     """Yield the n tokens behind tokens (B,T), (B,1) each; temperature 0 takes the most probable."""
     B, T = tokens.shape
     cache = Cache(model.config, B, T + n, model.device, model.dtype)
-    logits = next_logits(model, tokens, choose_k, cache)                    # (B,V)
+    logits = eager_decoder(model, choose_k, cache)(tokens)                  # (B,V)
     step = decoder(model, choose_k, cache)
     for i in range(n):
         if temperature == 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import run.standins as standins
-from allocator import AdaK, Allocators, Counted
+from allocator import AdaK, Allocators, Counted, Watched
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
@@ -46,7 +46,7 @@ def attach(model, policy, fitted=None):
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
     for layer, block in enumerate(blocks):
         how, stand_in = standins.of_layer(config, fitted, layer, block.gate.weight)
-        hook = router_hook(layer, policy, how, stand_in, config, tally)
+        hook = router_hook(layer, tally, how, stand_in, config)
         undo(block.gate.register_forward_hook(eager(hook)).remove)
         if stand_in:
             undo(block.register_forward_hook(eager(add_standins(tally.here))).remove)
@@ -122,7 +122,7 @@ class Tally(Counted):
     """
 
     def __init__(self, policy, n_layers):
-        self.k_max = policy.k_max
+        Watched.__init__(self, policy, self.count)
         self.by_layer = [torch.zeros(self.k_max + 1, dtype=torch.long)] * n_layers
         self.unsure = 0
         self.here = Pass()
@@ -209,8 +209,8 @@ def real_tokens(x, mask, past):
 
 # ================================================================ the hook, and what it may be put into
 
-def router_hook(layer, policy, how, stand_in, config, tally):
-    """A forward hook (router, inputs, outputs) -> outputs with the policy's choices.
+def router_hook(layer, tally, how, stand_in, config):
+    """A forward hook (router, inputs, outputs) -> outputs with the choices of the tally's policy.
 
     What stands in for experts that do not run waits in tally.here for the end of the block.
     """
@@ -218,9 +218,8 @@ def router_hook(layer, policy, how, stand_in, config, tally):
         logits, weights, _ = outputs
         x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
         probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
-        k = policy(layer, x, probs)                                         # (P,)
-        tally.count(layer, x, probs, k)
-        ids, chosen, left = select(probs, k, policy.k_max, how)             # (P,width)
+        k = tally(layer, x, probs)                                          # (P,)
+        ids, chosen, left = select(probs, k, tally.k_max, how)              # (P,width)
         if stand_in:
             tally.here.standing_in = stand_in(x, ids, left)                 # (P,C)
         ids = torch.where(used(k, ids.shape[1]), ids, config.n_experts)

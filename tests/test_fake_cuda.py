@@ -110,7 +110,7 @@ def test_hooks_inside_transformers(policy):
     choose_k = POLICIES[policy](c)
     decoder = SimpleNamespace(forward=lambda input_ids, attention_mask, past_key_values: None)
     tally = Tally(choose_k, len(c.moe_layers))
-    hook = router_hook(1, choose_k, moe_dispatch.Weighting.of(c), None, c, tally)
+    hook = router_hook(1, tally, moe_dispatch.Weighting.of(c), None, c)
     with torch.device('cuda'):
         past = torch.zeros((), dtype=torch.int)
         cache = SimpleNamespace(get_seq_length=lambda: past)
