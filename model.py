@@ -288,15 +288,14 @@ class Transformer(nn.Module):
 # ================================================================ decoding, token by token
 
 class Cache:
-    """Keys and values (layers, B, kv heads, max_len, D) of the tokens seen so far, filled up to `length`.
+    """Keys and values (layers, 2, B, kv heads, max_len, D) of the tokens seen so far, filled up to `length`.
 
     AssertionError where more tokens come than it has places for.
     """
 
     def __init__(self, config, B, max_len, device, dtype):
-        shape = config.n_layers, B, config.n_kv_heads, max_len, config.head_dim
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        shape = config.n_layers, 2, B, config.n_kv_heads, max_len, config.head_dim
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.table = rope_table(config, max_len, device, dtype)             # (max_len,D) both
         self.length = 0
 
@@ -306,20 +305,18 @@ class Cache:
         The latter is (T,S) bool, or None for plain causal attention.
         """
         S = self.length + T
-        assert S <= self.k.shape[3], f'{S} tokens in a cache of {self.k.shape[3]}'
+        assert S <= self.kv.shape[4], f'{S} tokens in a cache of {self.kv.shape[4]}'
         rope = [table[self.length:S] for table in self.table]
         if T == 1 or self.length == 0:
             return rope, None
-        everything = torch.ones(T, S, dtype=torch.bool, device=self.k.device)
+        everything = torch.ones(T, S, dtype=torch.bool, device=self.kv.device)
         return rope, everything.tril(self.length)
 
     def extend(self, layer, k, v):
         """Write k, v (B,kv heads,T,D) behind what was seen; return all keys and values of the layer."""
-        seen = []
-        for places, new in ((self.k[layer], k), (self.v[layer], v)):
-            T = new.shape[2]
-            places.narrow(2, self.length, T).copy_(new)
-            seen.append(places.narrow(2, 0, self.length + T))
+        S = self.length + k.shape[2]
+        seen = self.kv[layer, ..., :S, :]                                   # (2,B,kv heads,S,D)
+        torch.stack([k, v], out=seen[..., self.length:, :])
         return seen
 
     def advance(self, T):

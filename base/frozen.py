@@ -76,7 +76,7 @@ def is_there(folder, recipe, fresh=False):
     if not folder.exists():
         return False
     old = read_json(folder / 'recipe.json', {})
-    files = {path.name for path in folder.iterdir()}
+    files = set(os.listdir(folder))
     if (fresh and files - BASE_FILES) or not recipe.keys() <= old.keys():
         raise InputError(f'{folder} holds files that are no base of this program: '
                          f'move it away, or choose another --out')

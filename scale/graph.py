@@ -13,21 +13,18 @@ class StaticCache(Cache):
     """
 
     def __init__(self, cache):
-        self.k = cache.k
-        self.v = cache.v
+        self.kv = cache.kv
         self.table = cache.table
-        device = cache.k.device
+        device = cache.kv.device
         self.length = torch.tensor([cache.length], device=device)           # (1,)
-        self.places = torch.arange(cache.k.shape[3], device=device)         # (max_len,)
+        self.places = torch.arange(cache.kv.shape[4], device=device)        # (max_len,)
 
     def positions(self, T):
         rope = [table[self.length] for table in self.table]                 # (1,D) each
         return rope, self.places[None] <= self.length                       # (1,max_len)
 
     def extend(self, layer, k, v):
-        self.k[layer].index_copy_(2, self.length, k)
-        self.v[layer].index_copy_(2, self.length, v)
-        return self.k[layer], self.v[layer]
+        return self.kv[layer].index_copy_(3, self.length, torch.stack([k, v]))
 
 
 def graph_decoder(model, choose_k, cache):
@@ -37,8 +34,8 @@ def graph_decoder(model, choose_k, cache):
     of host syncs too, as all of allocator.py are.
     """
     stays = type(model) is Transformer                         # all layers are where they are
-    few = cache.k.shape[1] <= moe_dispatch.STATIC_TOKENS
-    if stays and few and moe_dispatch.native(cache.k):
+    few = cache.kv.shape[2] <= moe_dispatch.STATIC_TOKENS
+    if stays and few and moe_dispatch.native(cache.kv):
         return Captured(eager_decoder(model, choose_k, StaticCache(cache)))
     return eager_decoder(model, choose_k, cache)
 

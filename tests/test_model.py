@@ -35,7 +35,7 @@ def test_a_static_cache_decodes_what_the_whole_model_does(model):
     whole = model(tokens)
     cache = Cache(model.config, 2, 15, 'cpu', torch.float32)               # 3 places stay empty
     model(tokens[:, :5], None, cache)
-    cache.k[:, :, :, 5:] = 9                                   # what lies behind the end must not matter
+    cache.kv[..., 5:, :] = 9                                   # what lies behind the end must not matter
     static = StaticCache(cache)
     for t in range(5, 12):
         found = model(tokens[:, t:t + 1], None, static)
