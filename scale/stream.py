@@ -40,11 +40,8 @@ class LayerByLayer(Transformer):
             self.end(layer)
 
     def hidden_of(self, passes):
-        xs = []                                                             # (B,T,C) each
-        positions = []
-        for tokens, _ in passes:
-            xs.append(self.embed_tokens(tokens))
-            positions.append(self.positions(tokens.shape[1]))
+        xs = [self.embed_tokens(tokens) for tokens, _ in passes]            # (B,T,C) each
+        positions = [self.positions(tokens.shape[1]) for tokens, _ in passes]
         for layer in self.visit():
             for i, (_, choose_k) in enumerate(passes):
                 xs[i] = layer(xs[i], *positions[i], None, choose_k)
