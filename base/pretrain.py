@@ -89,13 +89,10 @@ def balance_loss(router_probs, top_k):
 
 
 @torch.no_grad()
-def new_model(config):
-    """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), smaller at residuals.
-
-    Always the same ones.
-    """
+def new_model(config, seed):
+    """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), smaller at residuals."""
     model = Transformer(config)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = p.shape[-1] ** -0.5 if 'layers' in name else 0.02
@@ -107,7 +104,7 @@ def new_model(config):
 
 def learn_base(s, config, text):
     """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
-    model = new_model(config).to(s.device)
+    model = new_model(config, seed=0).to(s.device)
     matrices = []
     routers = []
     others = []
