@@ -12,6 +12,8 @@ MIXTRAL = dict(
     num_local_experts=8,
     num_experts_per_tok=2,
     num_key_value_heads=8,
+    vocab_size=32000,
+    max_position_embeddings=65536,
 )
 HUB = {
     'mixtral-8x7b': dict(
@@ -20,8 +22,6 @@ HUB = {
         num_hidden_layers=32,
         num_attention_heads=32,
         intermediate_size=14336,
-        vocab_size=32000,
-        max_position_embeddings=32768,
     ),
     'mixtral-8x22b': dict(
         MIXTRAL,
@@ -29,15 +29,12 @@ HUB = {
         num_hidden_layers=56,
         num_attention_heads=48,
         intermediate_size=16384,
-        vocab_size=32000,
-        max_position_embeddings=65536,
     ),
     'qwen1.5-moe': dict(
         model_type='qwen2_moe',
         hidden_size=2048,
         num_hidden_layers=24,
         num_attention_heads=16,
-        num_key_value_heads=16,
         intermediate_size=5632,
         moe_intermediate_size=1408,
         num_experts=60,
@@ -51,7 +48,6 @@ HUB = {
         hidden_size=2048,
         num_hidden_layers=28,
         num_attention_heads=16,
-        num_key_value_heads=16,
         intermediate_size=10944,
         moe_intermediate_size=1408,
         n_routed_experts=64,
@@ -66,7 +62,6 @@ HUB = {
         hidden_size=2048,
         num_hidden_layers=16,
         num_attention_heads=16,
-        num_key_value_heads=16,
         intermediate_size=1024,
         num_experts=64,
         num_experts_per_tok=8,
