@@ -203,11 +203,11 @@ class AdaK(Policy):
         a = allocators
         self.allocators = a
         self.k_max = a.k_max
-        price = a.price if price is None else price
+        self.price = a.price if price is None else price
         k = torch.arange(1, a.k_max + 1, device=a.weight.device)
         weight = a.weight / a.std[:, None]                                  # (L,k_max,n_in)
         of_mean = (weight @ a.mean[..., None]).squeeze(-1)                  # (L,k_max)
-        bias = a.bias - k * price - of_mean                                 # (L,k_max)
+        bias = a.bias - k * self.price - of_mean                            # (L,k_max)
         self.maps = list(zip(weight, bias))
 
     @torch.no_grad()

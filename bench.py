@@ -134,10 +134,8 @@ def fewer(model, tokens):
     c = model.config
     allocators = Allocators(c, c.top_k, extended=True).to(model.device)
     allocators.weight.data.normal_(0, 0.1)
-    policy_of = partial(AdaK, allocators)                      # of a price
     # mean k does not depend on the targets, so the tokens stand for them too
-    price = calibrate(model, (tokens, tokens), policy_of, 0.7 * c.top_k, 9, -9)
-    return policy_of(price)
+    return calibrate(model, (tokens, tokens), partial(AdaK, allocators), 0.7 * c.top_k, 9, -9)
 
 
 def random_models(device):

@@ -21,6 +21,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -295,8 +296,8 @@ def run(s, out):
     # evaluation
     target = target_k(s, c) if s.price is None else None
     if target:
-        knob = calibrate(model, families.windows, lambda price: AdaK(allocators, price), target, 2, -2)
-        allocators.price.fill_(knob)
+        policy = calibrate(model, families.windows, partial(AdaK, allocators), target, 2, -2)
+        allocators.price.fill_(policy.price)
     windows = heldout.windows(s.seq, s.heldout_tokens)
     rows = compare(s, model, allocators, families, windows, target)
     lap('evaluation')

@@ -85,14 +85,14 @@ def rewards(model, hidden, targets, expected):
 
 
 def calibrate(model, windows, policy_of, target, low, high):
-    """The knob at which policy_of(knob) has mean k = target on `windows`, by real passes.
+    """policy_of(knob) with the knob at which its mean k on `windows` is target, by real passes.
 
     low, high: the knobs of 1 expert and of k_max (allocator.py:find_knob).
     """
     def mean_k(knob):
         [(_, tally)] = evaluate(model, windows, [policy_of(knob)])
         return tally.mean()
-    return find_knob(mean_k, target, low, high, policy_of(high).k_max)
+    return policy_of(find_knob(mean_k, target, low, high, policy_of(high).k_max))
 
 
 def clustered_error(delta, document):

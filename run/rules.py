@@ -178,8 +178,7 @@ def rule_at(families, name, mean_k, around):
         high = families.K
         family = best_family(families, around) if name == 'skip' else name
         policy_of = partial(families.policy, family, around=around)
-    knob = calibrate(families.model, families.windows, policy_of, mean_k, low, high)
-    return policy_of(knob)
+    return calibrate(families.model, families.windows, policy_of, mean_k, low, high)
 
 
 def worth_of_an_expert(families, mean_k):

@@ -3,7 +3,7 @@
     python -m study.bases              four bases, every policy at 0.75; a stopped one goes on where it was
     python -m study.bases --only deep prose
 
-    deep     the default, Mixtral in small: top-2 of 8, 8 layers, the sources of Python's standard library
+    deep     the default, Mixtral in small: top-2 of 8, 6 layers, the sources of Python's standard library
     fine     finer experts: top-4 of 16, 4 layers, the same text
     prose    top-2 of 8, 4 layers, English: the docstrings and comments of these sources
     many     many small experts, OLMoE in small: top-8 of 64, 4 layers, the text of deep

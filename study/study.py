@@ -23,6 +23,7 @@ from study.policies import train_soft
 from train import PAPER, settings_of, train_ppo
 
 BUDGET = 0.75           # where one budget is enough
+FAR = 100               # nats, a price to search up to where allocators were trained for another budget
 PUBLISHED = {**PAPER, 'paper': True, 'price': None}      # the price that meets a budget
 # settings that may differ between two starts of a study
 FREE = 'out preset budget price seed device ckpt stream save_every'.split()
@@ -95,8 +96,8 @@ class Study:
         allocators = Allocators.load(path, self.model.config, self.digest)
         allocators.to(self.s.device)
         policy_of = partial(AdaK, allocators)                  # of a price
-        price = calibrate(self.model, self.families.windows, policy_of, self.target(budget), 5, -5)
-        return policy_of(price)
+        most = 5 if budget == trained_at else FAR
+        return calibrate(self.model, self.families.windows, policy_of, self.target(budget), most, -most)
 
     def row(self, measurements):
         """A row of [(loss, counts), ..], the mean over seeds, and its loss minus that of top-k, (n,) float64.

@@ -81,6 +81,6 @@ def test_an_expert_is_worth_what_a_little_more_of_them_saves(families):
 
 
 def test_calibration_hits_its_mean_k_within_a_percent(families):
-    beta = calibrate(families.model, families.windows, lambda beta: Skip(beta, 4), 2.6, 4, 0)
-    [(_, mean_k)] = families.costs([Skip(beta, 4)])
+    skip = calibrate(families.model, families.windows, lambda beta: Skip(beta, 4), 2.6, 4, 0)
+    [(_, mean_k)] = families.costs([skip])
     assert mean_k == pytest.approx(2.6, rel=0.01)
