@@ -73,7 +73,8 @@ class SkipFamilies:
         """Of every layer [what its steps from K down to 1 cost in nats, the others at `around`; then inf]."""
         at_around, *at_levels = [self.policy('per layer', mean_k) for mean_k in (around, *self.levels)]
         apart = max(1, self.windows[0].numel() // SEARCH_TOKENS)
-        windows = [part[::apart] for part in self.windows]
+        # cut if they are long: the states of all levels of all layers are in memory
+        windows = [part[::apart, :SEARCH_TOKENS] for part in self.windows]
         n, T = windows[0].shape
         few = max(1, sequences_of_pass(T) // self.L)
         progress = Progress('greedy shares', n)

@@ -6,7 +6,6 @@ from time import perf_counter
 
 import torch
 
-
 ROUNDS = 7      # in which every case is timed once
 
 

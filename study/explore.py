@@ -25,13 +25,12 @@ from run.console import one_line_errors, open_out
 from run.evaluate import flops_shares
 from run.rules import SkipFamilies
 from study.policies import open_policy
-from study.study import parser
+from study.study import DEAREST, parser
 
 BUDGETS = 9             # from 1 expert to K
 LONGEST = 512           # tokens of a passage
 PAGE_BYTES = 2_000_000  # of the largest page
 SHOWN = 4               # router probabilities, and next tokens
-DEAREST = 100           # price in nats at which Ada-K runs 1 expert; at its negative, all that it may
 
 
 # ================================================================ what the model computes

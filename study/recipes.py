@@ -1,7 +1,7 @@
 """study/recipes.py: which part of the recipe does what -> RUN/recipes/ablations.json or published.json.
 
-    python -m study.recipes out/fine               one change at a time, few PPO steps: half an hour
-    python -m study.recipes out/deep --published   is it the recipe or its length? An hour on one core
+    python -m study.recipes out/deep               one change at a time, few PPO steps: half an hour
+    python -m study.recipes out/deep --published   is it the recipe or its length? 90 minutes, one core
 
 Published: 10,000 samples of up to 2,048 tokens in batches of 64, one epoch of P-Warm and one of PPO, two PPO
 epochs a rollout. Here a batch has as many tokens in sequences of the run's own length. Each recipe is trained
@@ -18,7 +18,7 @@ from study.study import BUDGET, PUBLISHED, Study, open_study, parser, thousandth
 FEW = 60                                # PPO steps of an ablation
 BATCH = 64 * 2048                       # tokens, as published
 STEPS = 156
-FITTED = {'dropped', 'rank', 'beyond'}  # what is fitted on them before PPO needs a study of its own
+FITTED = {'dropped', 'rank', 'beyond'}  # settings that change what is fitted before PPO: a study of its own
 
 
 def ablations(s):

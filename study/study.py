@@ -23,7 +23,7 @@ from study.policies import train_soft
 from train import PAPER, settings_of, train_ppo
 
 BUDGET = 0.75           # where one budget is enough
-FAR = 100               # nats, a price to search up to where allocators were trained for another budget
+DEAREST = 100           # price in nats at which Ada-K runs 1 expert; at its negative, all that it may
 PUBLISHED = {**PAPER, 'paper': True, 'price': None}      # the price that meets a budget
 # settings that may differ between two starts of a study
 FREE = 'out preset budget price seed device ckpt stream save_every'.split()
@@ -96,7 +96,7 @@ class Study:
         allocators = Allocators.load(path, self.model.config, self.digest)
         allocators.to(self.s.device)
         policy_of = partial(AdaK, allocators)                  # of a price
-        most = 5 if budget == trained_at else FAR
+        most = 5 if budget == trained_at else DEAREST                       # dialled far, it may need all
         return calibrate(self.model, self.families.windows, policy_of, self.target(budget), most, -most)
 
     def row(self, measurements):
