@@ -276,7 +276,7 @@ def run(s, out):
     lap('base')
 
     # allocators: their start, then PPO
-    fitted, families = prepare(s, model, text)
+    _, families = prepare(s, model, text)
     allocators, price = new_allocators(s, model, text, families)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
@@ -298,8 +298,9 @@ def run(s, out):
     if target:
         policy = calibrate(model, families.windows, partial(AdaK, allocators), target, 2, -2)
         allocators.price.fill_(policy.price)
+    fitted = standins.refit(s, model, text, AdaK(allocators))               # for what is dropped now
     windows = heldout.windows(s.seq, s.heldout_tokens)
-    rows = compare(s, model, allocators, families, windows, target)
+    rows = compare(s, model, text, allocators, families, windows, target)
     lap('evaluation')
 
     # files
@@ -343,7 +344,7 @@ def parse(argv, doc=__doc__):
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
     p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],
                    help='what gets the weight of an expert that does not run (run/standins.py)')
-    p.add_argument('--rank', type=int, help='of the stand-ins (default: C / 8, less for small experts)')
+    p.add_argument('--rank', type=int, help='of the stand-ins (default: C / 4, less for small experts)')
     p.add_argument('--beyond', type=int, help='experts beyond K that a token may run (default 0); '
                                               '1 is better than top-k from a budget of 0.9 on')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')

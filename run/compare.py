@@ -5,23 +5,28 @@ from allocator import AdaK, TopK
 from run.console import Progress
 from run.evaluate import clustered_error, evaluate, flops_shares
 from run.rules import rule_at
-from run.standins import rank_in
+from run.standins import rank_in, refit
+
+RULES = 'random-mix', 'top-p', 'skip'
 
 
-def compare(s, model, allocators, families, windows, target):
+def compare(s, model, text, allocators, families, windows, target):
     """The rows of results.json: top-k, Ada-K, and the rules without training at Ada-K's mean k.
 
-    That mean k is of families.windows, the losses are of `windows`. target: the mean k of the budget, if any.
+    That mean k is of families.windows, the losses are of `windows`, each rule's with stand-ins of its own,
+    fitted on `text`; those in the model are Ada-K's. target: the mean k of the budget, if any.
     """
     c = model.config
     policies = {'top-k': TopK(c.top_k), 'ada-k': AdaK(allocators)}
     [(_, tally)] = evaluate(model, families.windows, [policies['ada-k']])
     mean_k = tally.mean()
-    for name in 'random-mix', 'top-p', 'skip':
+    for name in RULES:
         policies[name] = rule_at(families, name, mean_k, around=target or mean_k)
     rows = []
     progress = Progress('evaluation', len(policies))
     for method, policy in policies.items():
+        if method in RULES:
+            refit(s, model, text, policy)
         torch.manual_seed(s.seed)                              # for RandomMix
         [(loss, tally)] = evaluate(model, windows, [policy])
         if method == 'top-k':

@@ -34,7 +34,7 @@ class SkipFamilies:
         self.windows = windows
         self.steps = {}                                        # {around: what the steps of each layer cost}
         self.best = {}                                         # {mean k: the name of the best family there}
-        self.tails = tails(model, windows)                                  # (L,P,K-1)
+        self.tails = tails(model, windows[0]).cpu()                         # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
 
@@ -118,25 +118,30 @@ class SkipFamilies:
 
 @torch.no_grad()
 def look(model, inputs, see):
-    """[see(layer, x, probs) of each MoE layer] of a pass of inputs (B,T) under the model's own top-k."""
-    seen = []
-    policy = Watched(
-        TopK(model.config.top_k),
-        lambda layer, x, probs, k: seen.append(see(layer, x, probs)),
-    )
-    model.hidden(inputs.to(model.device), policy)
-    return seen
+    """[see(layer, x (P,C), probs (P,N)) of each MoE layer], all tokens of inputs (B,T) at once, P = B*T.
+
+    Under the model's own top-k, in one sweep over the layers.
+    """
+    T = inputs.shape[1]
+    positions = model.positions(T)
+    states = [model.embed_tokens(part) for part in inputs.to(model.device).split(sequences_of_pass(T))]
+    found = []
+    for layer in model.visit():
+        seen = []
+        policy = Watched(TopK(model.config.top_k), lambda i, x, probs, k: seen.append((x, probs)))
+        states = [layer(x, *positions, None, policy) for x in states]       # (few,T,C) each
+        if seen:                                               # not a dense layer
+            x, probs = map(torch.cat, zip(*seen))
+            found.append(see(len(found), x, probs))
+    return found
 
 
-def tails(model, windows):
-    """Skip's ratios of every layer and token of windows under the model's own top-k: (L,n*T,K-1)."""
+def tails(model, inputs):
+    """Skip's ratios of every layer and token of inputs (B,T) under the model's own top-k: (L,B*T,K-1)."""
     def ratios(layer, x, probs):
         p = probs.topk(model.config.top_k, dim=-1).values
         return tail_ratios(p)
-
-    def of_part(inputs, targets):
-        return torch.stack(look(model, inputs, ratios))
-    return by_parts(model, windows, sequences_of_pass(windows[0].shape[1]), of_part)
+    return torch.stack(look(model, inputs, ratios))
 
 
 def betas_at(ratios, mean_k):

@@ -6,7 +6,9 @@ under the model's own top-k, in seconds:
     rho         one number a layer: how much of the hole's weight the others get (moe_dispatch.py:select)
     stand-ins   for each expert n a linear map of rank r, e_n(x) ~ B_n A_n x + b_n
 
-A stand-in costs 4 r C FLOPs where an expert costs 6 C F. Every policy uses the same ones.
+A stand-in costs 4 r C FLOPs where an expert costs 6 C F. It is fitted on the tokens that drop its expert, on
+which the expert is an easier function than on all, so every policy has stand-ins of its own: PPO begins with
+those of expert skipping at the budget, and what it has learnt gets its own at the end.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,9 @@ from allocator import TopK
 from hub.files import InputError, reading
 from hub.safetensors import read_safetensors, write_safetensors
 from moe_dispatch import STATIC_TOKENS, Weighting
+from run.console import Progress
 from run.evaluate import evaluate
 from run.rules import look
-from scale.memory import sequences_of_pass
 
 ETA = 0.3               # about the best share of an expert beyond K
 RIDGE = 1e-3            # of the mean variance of x
@@ -28,15 +30,23 @@ FEW_TOKENS = 8          # on a CPU, up to here StandIns.one_by_one is faster
 
 
 def rank_of(s, config):
-    """The rank of the stand-ins of a run: 0 where there are none."""
+    """The rank of the stand-ins of a run: 0 where there are none. InputError if --rank is too high."""
     if s.dropped != 'stand-ins':
         return 0
-    return s.rank or default_rank(config)
+    rank = s.rank or default_rank(config)
+    most = min(config.dim, 3 * config.expert_dim // 2 - 1)     # C channels; cheaper than the expert
+    if rank > most:
+        raise InputError(f'--rank {rank}: at most {most} for these experts, {config.expert_dim} wide')
+    return rank
 
 
 def default_rank(config):
-    """An eighth of C, less where experts are small: a stand-in costs at most an 18th of one."""
-    return max(1, min(config.dim // 8, config.expert_dim // 12))
+    """A quarter of C, less where experts are small: a stand-in costs at most a ninth of one.
+
+    In whole eights, as grouped matmuls want them, where there are that many.
+    """
+    rank = min(config.dim // 4, config.expert_dim // 6)
+    return max(1, rank // 8 * 8)
 
 
 def blocks(model):
@@ -58,38 +68,50 @@ def target_k(s, config):
 
 
 @torch.no_grad()
-def fit(s, model, inputs):
+def fit(s, model, inputs, policy):
     """{name: fp32 tensor}: rho and eta (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
 
-    s.dropped says which. inputs (B,T): training text, of which as many sequences are used as fit into a pass.
+    s.dropped says which. inputs (B,T): training text. Stand-ins are fitted on the choices that the policy
+    drops there: an expert that is dropped is another function than one that runs. eta stays as it is.
     """
     config = model.config
     experts = blocks(model)
     rank = rank_of(s, config)
-    if rank > config.dim:
-        raise InputError(f'--rank {rank}: a linear map of C = {config.dim} channels has no more than that')
-    ones = torch.ones(len(experts))
-    fitted = {'rho': config.norm_topk * ones, 'eta': ones}
+    fitted = {
+        'rho': config.norm_topk * torch.ones(len(experts)),
+        'eta': torch.tensor([moe.weighting.eta for moe in experts]),
+    }
     if s.dropped == 'published' or config.top_k == 1:
         return fitted
+    progress = Progress('stand-ins', len(experts))
 
     def fit_layer(layer, x, probs):
         moe = experts[layer]
-        p, ids = probs.topk(config.top_k, dim=-1)                           # (P,K)
-        g = p / p.sum(-1, keepdim=True)
+        progress(layer + 1, None)
         if rank == 0:
+            g, ids = probs.topk(config.top_k, dim=-1)                       # (P,K)
+            g = g / g.sum(-1, keepdim=True)
             return {'rho': config.norm_topk * fit_rho(moe, x, g, ids)}
-        maps = [fit_expert(moe, x, g, ids, n, rank) for n in range(config.n_experts)]
+        ids, _, left = policy.select(probs, policy(layer, x, probs), moe.weighting)         # (P,width)
+        maps = [fit_expert(moe, x, left, ids, n, rank) for n in range(config.n_experts)]
         return {'rho': torch.zeros(()), **dict(zip('ABb', map(torch.stack, zip(*maps))))}
-    few = sequences_of_pass(inputs.shape[1])
-    apart = max(1, len(inputs) // few)
-    layers = look(model, inputs[::apart][:few], fit_layer)
+    layers = look(model, inputs, fit_layer)
     for name in layers[0]:
         fitted[name] = torch.stack([of_layer[name] for of_layer in layers]).cpu()
     if rank > 0:
-        poor = (fitted['A'] == 0).all((2, 3)).sum().item()
+        mean_alone = (fitted['A'] == 0).all((2, 3)) & (fitted['b'] != 0).any(2)             # (L,N)
+        poor = mean_alone.sum().item()
         if poor:
-            print(f'stand-ins: too few tokens choose {poor} of the experts: their mean output stands in')
+            print(f'stand-ins: too few tokens drop {poor} of the experts: their mean output stands in')
+    return fitted
+
+
+def refit(s, model, text, policy):
+    """Let the model run with what is fitted for the policy on training text -> what `fit` returns."""
+    inputs = text.windows(s.seq, s.heldout_tokens)[0]
+    torch.manual_seed(s.seed)                                  # all ranks draw the same
+    fitted = fit(s, model, inputs, policy)
+    use(model, fitted)
     return fitted
 
 
@@ -117,15 +139,15 @@ def fit_rho(moe, x, g, ids):
     return ((more * last).sum() / (more * more).sum()).clamp(0, 1).float()
 
 
-def fit_expert(moe, x, g, ids, n, rank):
+def fit_expert(moe, x, left, ids, n, rank):
     """A (r,C), B (C,r), b (C,) of expert n: reduced-rank regression of its output on x.
 
-    Over the tokens that have it among their choices but not first, weighted by g^2, their part of the layer's
-    error. Fewer such tokens than the rank leave the mean alone.
+    left (P,K): the weights of the choices ids (P,K) that do not run, 0 of the others. Over the tokens that do
+    not run n, weighted by the square, their part of the layer's error. Fewer than the rank leave the mean.
     """
-    token, choice = torch.where(ids[:, 1:] == n)
+    token, choice = torch.where((ids == n) & (left > 0))
     C = x.shape[1]
-    weight = g[token, 1 + choice, None].double().square()                   # (rows,1)
+    weight = left[token, choice, None].double().square()                    # (rows,1)
     weight = weight / weight.sum().clamp_min(1e-30)                         # there may be no row
     X = x[token].double()
     Y = output(moe, n, x[token])

@@ -11,27 +11,33 @@ import run.standins as standins
 from allocator import Allocators, find_knob, mass_labels
 from run.console import Progress
 from run.rules import SkipFamilies, best_family, look, worth_of_an_expert
-from scale.memory import allocator_sizes, sequences_of_pass
+from scale.memory import allocator_sizes
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
 TOGETHER = 9            # inputs that may move together at unit variance: N + K - 1 of Mixtral
 WARM_LR = 1e-3          # of P-Warm
-UNBUDGETED = 0.9        # of K: where a run with a fixed price starts, and at most one with experts beyond K
+MOST_AT_FIRST = 0.9     # of K
 FIRST_PRICE = 0.7       # of what an expert is worth to a rule: trained ones get more from those they run
 
 
 def prepare(s, model, text):
     """(what was fitted on windows of training text, the rules without training, whose knobs are set on them).
 
-    From here on the model runs with what was fitted (run/standins.py).
+    From here on the model runs with what was fitted (run/standins.py), for expert skipping at the budget.
     """
-    dial = text.windows(s.seq, s.heldout_tokens // 4)
-    fitted = standins.fit(s, model, dial[0])
+    families = SkipFamilies(model, text.windows(s.seq, s.heldout_tokens // 4))
+    skip = families.policy('per layer', first_k(s, model.config))
+    fitted = standins.refit(s, model, text, skip)
     if s.beyond:
-        standins.fit_eta(model, fitted, dial)
-    standins.use(model, fitted)
-    return fitted, SkipFamilies(model, dial)
+        standins.fit_eta(model, fitted, families.windows)
+        standins.use(model, fitted)
+    return fitted, families
+
+
+def first_k(s, config):
+    """The mean k that allocators start at: that of the budget, but a rule must drop something there."""
+    return max(1, min(standins.target_k(s, config), MOST_AT_FIRST * config.top_k))
 
 
 def new_allocators(s, model, text, families):
@@ -44,13 +50,9 @@ def new_allocators(s, model, text, families):
     allocators = Allocators(config, k_max, s.extended).to(s.device)
     generator = torch.Generator().manual_seed(s.seed)
     batches = text.batches(s.ppo_batch, s.seq, generator)
-    mean_k = standins.target_k(s, config)
-    highest = max(1, UNBUDGETED * config.top_k)
-    if s.price is not None or s.beyond and mean_k > highest:
-        mean_k = highest                                       # at K a rule drops nothing: there is no start
+    mean_k = first_k(s, config)
     if s.extended:
-        inputs = next(batches)[0]
-        standardise(model, allocators, inputs[:sequences_of_pass(s.seq)])
+        standardise(model, allocators, next(batches)[0])
     family = s.start
     if family == 'skip':
         family = best_family(families, mean_k)

@@ -8,6 +8,7 @@ from keyword import kwlist
 import numpy as np
 import torch
 
+import run.standins as standins
 from allocator import Watched
 from hub.files import write_json
 from run.console import one_line_errors
@@ -140,6 +141,7 @@ def main(argv=None):
     a = parser(__doc__).parse_args(argv)
     study = open_study(a, 'analysis')
     policy = trained_policy(a.run, study.model.config, study.digest, study.s.device)
+    standins.use(study.model, standins.of_run(a.run, study.digest))
     results = analyse(study, policy)
     write_json(study.folder / 'analysis.json', results)
     analysis_figure(study.folder / 'analysis.png', results)

@@ -39,7 +39,7 @@ def ablations(s):
         {'reward': 'sampled', **many},
         {'dropped': 'published'},
         {'dropped': 'rho'},
-        *[{'rank': rank} for rank in (1, 4, 16, 32)],
+        *[{'rank': rank} for rank in (1, 4, 8, 32)],
         {'beyond': 1},
         {                                                      # the allocators read x only
             'extended': False,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import run.standins as standins
 from allocator import AdaK, Allocators, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, reading, write_json
@@ -17,7 +18,6 @@ from hub.safetensors import read_safetensors, write_safetensors
 from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import check_ranks, gathered
-from run.standins import target_k
 from run.start import new_allocators, prepare
 from study.policies import train_soft
 from train import PAPER, settings_of, train_ppo
@@ -42,7 +42,7 @@ class Study:
         self.model, self.tokenizer, texts, self.digest = base_model(s, out)
         self.text, _, heldout = texts
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
-        _, self.families = prepare(s, self.model, self.text)
+        self.fitted, self.families = prepare(s, self.model, self.text)
         self.folder = out / name
         there = [path.name for path in self.folder.glob('*')]
         open_out(self.folder, *there)
@@ -60,11 +60,18 @@ class Study:
         self.of_topk, _ = self.measured('top-k', lambda: TopK(self.families.K))      # (n,)
 
     def measured(self, name, policy_of):
-        """(loss (n,), counts (L,k_max+1)) of policy_of() on held-out text, from the folder or now."""
+        """(loss (n,), counts (L,k_max+1)) of policy_of() on held-out text, from the folder or now.
+
+        With stand-ins fitted for this policy; before and afterwards the model runs with those of the start.
+        """
         path = self.folder / f'{name}.row'
         if not path.exists():
+            policy = policy_of()
+            if name != 'top-k':                                # which drops nothing
+                standins.refit(self.s, self.model, self.text, policy)
             torch.manual_seed(self.s.seed)                     # for the policies that draw
-            [(loss, tally)] = evaluate(self.model, self.windows, [policy_of()])
+            [(loss, tally)] = evaluate(self.model, self.windows, [policy])
+            standins.use(self.model, self.fitted)
             print(f'{name}: {loss.mean():.4f} nats at mean k {tally.mean():.3f}', flush=True)
             write_safetensors(path, {
                 'loss': loss.float(),
@@ -77,7 +84,7 @@ class Study:
 
     def target(self, budget):
         """The mean k of a budget."""
-        return target_k(replace(self.s, budget=budget), self.model.config)
+        return standins.target_k(replace(self.s, budget=budget), self.model.config)
 
     def ada_k(self, kind, trained_at, seed, budget=BUDGET, **changes):
         """Ada-K for a budget, by allocators from the folder or trained now at the budget `trained_at`.

@@ -3,6 +3,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 from functools import cache, partial
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / 'tests/golden'
 sys.path.insert(0, str(ROOT))
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
 
 
 def tiny_config(**changes):
@@ -45,10 +48,25 @@ def random_model(config, seed=0):
     return model.requires_grad_(False)
 
 
+def random_ada_k(config, k_max):
+    """Allocators with random weights, the same at every call: k differs from token to token."""
+    from allocator import AdaK, Allocators
+    allocators = Allocators(config, k_max, True)
+    generator = torch.Generator().manual_seed(3)
+    allocators.weight.data.normal_(generator=generator)
+    return AdaK(allocators)
+
+
 def random_text(n):
     """n tokens of the vocabulary of tiny_config, one document."""
     from base.text import Text
     return Text(torch.randint(50, (n,)), np.zeros(n, int))
+
+
+def assert_close(found, expected):
+    """Logits or hidden states are the same but for rounding errors."""
+    largest = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-5 * max(1, largest)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +98,29 @@ def smoke(tmp_path_factory):
     with contextlib.redirect_stdout(printed):
         train.main(['--preset', 'smoke', '--out', str(out)])
     return out, printed.getvalue()
+
+
+@pytest.fixture
+def finished(smoke, tmp_path):
+    """A copy of the finished run, to be harmed."""
+    return shutil.copytree(smoke[0], tmp_path / 'run')
+
+
+def rows_of(out):
+    """{method: its row} in the results.json of a run."""
+    from hub.files import read_json
+    return {row['method']: row for row in read_json(out / 'results.json')['rows']}
+
+
+def model_and_policy(out):
+    """(the model with its stand-ins, the allocators) of a finished run."""
+    import run.standins as standins
+    from hub.checkpoint import base_digest, load
+    from run.state import trained_policy
+    model = load(out / 'base')
+    digest = base_digest(out / 'base')
+    standins.use(model, standins.of_run(out, digest))
+    return model, trained_policy(out, model.config, digest, 'cpu')
 
 
 # ---------------------------------------------------------------- processes
@@ -154,5 +195,5 @@ def refusal(capsys, script, main, *args):
     *before, line = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2
     assert line.startswith(f'{script}: ')
-    assert all(progress.startswith(('load', 'base')) for progress in before)
+    assert all(progress.startswith(('load', 'base', 'stand-ins')) for progress in before)
     return line

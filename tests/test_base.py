@@ -1,6 +1,5 @@
 """base/ and run/evaluate.py: documents, splits, windows; Muon, load balance; errors and bits by hand."""
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -129,14 +128,13 @@ def test_a_base_of_the_same_recipe_is_used_again(smoke):
         is_there(folder, {**recipe, 'dim': 64})
 
 
-def test_a_base_that_gives_nan_is_refused(smoke, tmp_path):
-    out = shutil.copytree(smoke[0], tmp_path / 'run')
-    path = out / 'base/model.safetensors'
+def test_a_base_that_gives_nan_is_refused(finished):
+    path = finished / 'base/model.safetensors'
     tensors, metadata = read_safetensors(path)
     tensors['model.norm.weight'][3] = math.nan
     write_safetensors(path, tensors, metadata)
     with pytest.raises(InputError, match='NaN on ordinary text'):
-        base_model(train.parse(['--preset', 'smoke']), out)
+        base_model(train.parse(['--preset', 'smoke']), finished)
 
 
 # ---------------------------------------------------------------- numbers

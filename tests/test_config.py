@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import GOLDEN
 from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
 from hub.config import from_hf
 from hub.files import InputError, read_json
 from hub.safetensors import read_safetensors, write_safetensors
-
-GOLDEN = ROOT / 'tests/golden'
 
 
 def changed(name, *left_out, **fields):

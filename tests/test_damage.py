@@ -9,22 +9,19 @@ import json
 import random
 import shutil
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
-import torch
 
-from allocator import Allocators
 from base.frozen import is_there
-from conftest import tiny_config
+from conftest import GOLDEN
 from hub.checkpoint import weight_files
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from hub.tokenizer import Tokenizer
 from run.state import in_state, load_state, save_state
+from test_resume import parts
 from train import Settings, settings_of
 
-GOLDEN = Path(__file__).parent / 'golden'
 NUMBERS = int, float
 OTHERS = [None, True, 0, -1, 10 ** 30, 1.5, float('nan'), '', 'no such token', [], ['a', 'b'], {}, {'a': 1}]
 
@@ -116,13 +113,11 @@ def test_damage_to_json_is_one_line_or_ignored(name, source, read, smoke, tmp_pa
 
 def test_damage_to_a_state_is_one_line_or_it_is_read(tmp_path):
     path = tmp_path / 'state.pt'
-    allocators = Allocators(tiny_config(), 6, True)
-    optimizer = torch.optim.AdamW(allocators.parameters())
-    parts = path, {**in_state(Settings()), 'base': 'a'}, allocators, optimizer, torch.Generator()
-    save_state(*parts, [{'step': 1, 'price': 0.1}])
+    state = path, {**in_state(Settings()), 'base': 'a'}, *parts()
+    save_state(*state, [{'step': 1, 'price': 0.1}])
 
     def read(folder):
-        return load_state(*parts)
+        return load_state(*state)
     whole = path.read_bytes()
     assert read(tmp_path)
     rng = random.Random(0)

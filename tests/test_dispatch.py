@@ -4,6 +4,7 @@ import torch
 
 import moe_dispatch
 import run.experts_cpu as cpu
+from conftest import needs_cuda
 from moe_dispatch import Weighting, moe, moe_exact, moe_loop, moe_static, select
 from run.experts_cpu import moe_few
 
@@ -96,7 +97,7 @@ def test_another_tokens_infinity_stays_there():
     torch.testing.assert_close(moe(*args)[1:], clean[1:])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
+@needs_cuda
 def test_paths_equal_the_loop_on_cuda():
     args = [a.cuda() for a in case(KS['every k'], torch.bfloat16)]
     with torch.no_grad():

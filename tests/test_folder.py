@@ -1,6 +1,5 @@
 """A run folder is of one run: two that meet, one that stops over a finished one, a base that is not whole."""
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,12 +17,6 @@ from run.state import open_run, trained_policy
 def refused(capsys, out, *flags):
     """The line with which train.py refuses a smoke run into `out`."""
     return refusal(capsys, 'train.py', train.main, '--preset', 'smoke', '--out', out, *flags)
-
-
-@pytest.fixture
-def finished(smoke, tmp_path):
-    """A copy of the finished run, to be harmed."""
-    return shutil.copytree(smoke[0], tmp_path / 'run')
 
 
 def test_the_second_of_two_runs_is_told_who_works_there(finished, capsys):
@@ -114,8 +107,8 @@ def test_only_what_a_killed_run_had_begun_is_swept(tmp_path):
     assert not any((tmp_path / name).exists() for name in ours)
 
 
-def test_a_base_with_files_of_others_in_it_is_not_replaced(smoke, tmp_path):
-    base = shutil.copytree(smoke[0] / 'base', tmp_path / 'base')
+def test_a_base_with_files_of_others_in_it_is_not_replaced(finished):
+    base = finished / 'base'
     (base / 'notes.txt').write_text('mine')
     with pytest.raises(InputError, match='no base of this program.*choose another --out'):
         is_there(base, read_json(base / 'recipe.json'), fresh=True)

@@ -9,12 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe_dispatch
 from allocator import TopK
-from conftest import ROOT
+from conftest import GOLDEN, assert_close
 from hub.checkpoint import load
 from hub.safetensors import read_safetensors
 from hub.tokenizer import Tokenizer
 
-GOLDEN = ROOT / 'tests/golden'
 MODELS = sorted(path.parent.name for path in GOLDEN.glob('*/golden.safetensors'))
 TOKENIZERS = sorted(path.parent.name for path in GOLDEN.glob('*/golden.json'))
 
@@ -23,9 +22,7 @@ TOKENIZERS = sorted(path.parent.name for path in GOLDEN.glob('*/golden.json'))
 def test_logits_equal_transformers(name):
     golden, _ = read_safetensors(GOLDEN / name / 'golden.safetensors')
     logits = load(GOLDEN / name)(golden['tokens'])
-    expected = golden['logits']
-    largest = expected.abs().max()
-    assert (logits - expected).abs().max() < 1e-5 * max(1, largest)
+    assert_close(logits, golden['logits'])
 
 
 @pytest.mark.parametrize('name', TOKENIZERS)

@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import run.standins as standins
 import study.tasks
 from allocator import Counted, TopK
-from conftest import refusal
-from hub.checkpoint import base_digest, load
+from conftest import model_and_policy, refusal
 from hub.tokenizer import Tokenizer
-from run.state import trained_policy
 
 transformers = pytest.importorskip('transformers')
 CHOOSE = '''output_type: multiple_choice
@@ -88,12 +85,8 @@ def test_the_harness_scores_and_counts_as_our_own_model_does(smoke, tmp_path, mo
     rows = json.loads((tmp_path / 'tasks.json').read_text())['rows']
     of_top_k, of_ada_k, _, written = rows
 
-    base = smoke[0] / 'base'
-    model = load(base)
-    tokenizer = Tokenizer(base)
-    digest = base_digest(base)
-    standins.use(model, standins.of_run(smoke[0], digest))
-    ada_k = trained_policy(smoke[0], model.config, digest, 'cpu')
+    model, ada_k = model_and_policy(smoke[0])
+    tokenizer = Tokenizer(smoke[0] / 'base')
     for row, policy in (of_top_k, TopK(4)), (of_ada_k, ada_k):
         hits = 0
         texts = set()

@@ -1,6 +1,5 @@
 """What marks a text: bos, eos and the ids at which generation stops."""
 import math
-import shutil
 
 import pytest
 import torch
@@ -47,8 +46,7 @@ def test_bos_and_eos_are_put_around_a_document_and_count_no_byte(tmp_path):
     assert bits_per_byte(n_bytes * math.log(2), (None, torch.tensor([ids])), t) == pytest.approx(1)
 
 
-def test_generation_stops_at_every_eos(smoke, tmp_path, capsys):
-    run = shutil.copytree(smoke[0], tmp_path / 'run')
-    write_json(run / 'base/generation_config.json', {'eos_token_id': list(range(320))})
-    study.sample.main(['--run', str(run), '--prompt', 'def', '--policy', 'top-k'])
+def test_generation_stops_at_every_eos(finished, capsys):
+    write_json(finished / 'base/generation_config.json', {'eos_token_id': list(range(320))})
+    study.sample.main(['--run', str(finished), '--prompt', 'def', '--policy', 'top-k'])
     assert '--- 0 tokens' in capsys.readouterr().out

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from allocator import AdaK, Allocators, Counted, TopK
-from conftest import random_model, tiny_config
+from allocator import Counted, TopK
+from conftest import needs_cuda, random_ada_k, random_model, tiny_config
 from hub.safetensors import read_safetensors, write_safetensors
 from model import Cache, generate
 from scale.graph import StaticCache, graph_decoder
@@ -14,14 +14,8 @@ def model():
     return random_model(tiny_config())
 
 
-def ada_k(model):
-    allocators = Allocators(model.config, 8, True)
-    allocators.weight.data.normal_(0, 0.3)
-    return AdaK(allocators)
-
-
 def test_a_cache_takes_several_tokens_at_a_time_and_says_when_it_is_full(model):
-    policy = ada_k(model)
+    policy = random_ada_k(model.config, 8)
     tokens = torch.randint(50, (2, 17))
     cache = Cache(model.config, 2, 17, 'cpu', torch.float32)
     parts = [model(part, policy, cache) for part in tokens.split([5, 1, 7, 4], dim=1)]
@@ -43,7 +37,7 @@ def test_a_static_cache_decodes_what_the_whole_model_does(model):
     assert static.length.tolist() == [12]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
+@needs_cuda
 def test_decoding_in_a_cuda_graph_gives_the_eager_tokens():
     model = random_model(tiny_config(dim=64, expert_dim=32, head_dim=16)).to('cuda', torch.bfloat16)
     tokens = torch.randint(50, (2, 5), device='cuda')

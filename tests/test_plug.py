@@ -11,19 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import run.standins as standins
-from allocator import AdaK, Allocators, Counted, Skip, TopK
-from conftest import ROOT, random_model, tiny_config
+from allocator import Counted, Skip, TopK
+from conftest import GOLDEN, ROOT, assert_close, model_and_policy, random_ada_k, random_model, tiny_config
 from hub.checkpoint import base_digest, load, save
 from hub.config import read_config
 from hub.files import InputError
 from hub.plug import attach, detach
 from model import generate
 from run.speed import theirs, twin_of
-from run.state import trained_policy
 
 transformers = pytest.importorskip('transformers', minversion='5.23')
-GOLDEN = ROOT / 'tests' / 'golden'
 MIXTRAL = GOLDEN / 'mixtral-1'
 NAMES = 'mixtral-1', 'qwen2_moe-every-second', 'qwen3_moe-1', 'olmoe-1'
 HERE, ELSEWHERE = re.findall(r'```python\n(.*?)```', (ROOT / 'hub/README.md').read_text(), re.DOTALL)
@@ -45,23 +42,14 @@ def mlp(model, layer):
     return model.model.layers[layer].mlp
 
 
-def assert_close(found, expected):
-    largest = expected.abs().max()
-    assert (found - expected).abs().max() < 1e-5 * max(1, largest)
-
-
 def random_tokens(*shape):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, 32, shape, generator=generator)
+    return torch.randint(3, 32, shape)
 
 
 def ada_k(folder=MIXTRAL):
-    """Allocators with random weights: k differs from token to token, and goes beyond K."""
+    """Random allocators for the model in a folder, whose k goes beyond K."""
     config = read_config(folder)
-    allocators = Allocators(config, config.n_experts, True)
-    generator = torch.Generator().manual_seed(3)
-    allocators.weight.data.normal_(generator=generator)
-    return AdaK(allocators)
+    return random_ada_k(config, config.n_experts)
 
 
 def saved(folder, tmp_path):
@@ -111,10 +99,7 @@ def test_no_row_beyond_the_sum_of_k_is_computed(monkeypatch):
 
 def test_a_run_of_ours_gives_the_same_through_transformers(smoke):
     out, _ = smoke
-    ours = load(out / 'base')
-    digest = base_digest(out / 'base')
-    standins.use(ours, standins.of_run(out, digest))
-    policy = trained_policy(out, ours.config, digest, 'cpu')
+    ours, policy = model_and_policy(out)
     model = opened(out / 'base')
     attach(model, out / 'allocator.safetensors')               # with the stand-ins beside it
     tokens = random_tokens(8, 60)
@@ -129,6 +114,7 @@ def test_the_lines_of_the_readme_run_as_they_stand(smoke, tmp_path, monkeypatch,
 
 
 def test_the_readme_from_a_project_with_a_model_of_its_own(tmp_path, monkeypatch):
+    allocators = saved(MIXTRAL, tmp_path)
     mine = ModuleType('model')
     monkeypatch.setitem(sys.modules, 'model', mine)
     monkeypatch.delitem(sys.modules, 'allocator')
@@ -140,7 +126,7 @@ def test_the_readme_from_a_project_with_a_model_of_its_own(tmp_path, monkeypatch
     assert 'allocator' not in sys.modules
     assert sys.path == folders
     model = opened()
-    tally = names['attach'](model, saved(MIXTRAL, tmp_path))
+    tally = names['attach'](model, allocators)
     model(random_tokens(2, 3))
     assert tally.counts.sum() == 12
 

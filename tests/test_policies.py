@@ -20,7 +20,7 @@ from train import Settings, rollout_reward, train_ppo
 def with_standins(config):
     """A model that runs with fitted stand-ins."""
     model = random_model(config)
-    standins.use(model, standins.fit(Settings(), model, torch.randint(50, (8, 32))))
+    standins.use(model, standins.fit(Settings(), model, torch.randint(50, (8, 32)), TopK(1)))
     return model
 
 

@@ -19,6 +19,13 @@ def logp_of(logits, k):
     return logp.gather(-1, (k - 1)[..., None])[..., 0]
 
 
+def gain_in_fp64(logits, topk):
+    """What a plan with these logits is expected to gain over top-k with those, of every position."""
+    p = topk.double().log_softmax(-1)
+    q = logits.double().log_softmax(-1)
+    return (p.exp() * (q - p)).sum(-1)
+
+
 # ---------------------------------------------------------------- by hand
 
 def test_clipped_loss():
@@ -146,9 +153,7 @@ def test_expected_reward_by_enumeration_and_by_drawing():
 def test_expected_reward_keeps_its_digits_however_small_the_change(size):
     topk = torch.randn(500, 1000) * 3
     change = torch.randn(500, 1000) * size
-    p = topk.double().log_softmax(-1)
-    q = (topk.double() + change).log_softmax(-1)
-    right = (p.exp() * (q - p)).sum(-1)
+    right = gain_in_fp64(topk.double() + change, topk)
     found = ppo.expected_gain(change, topk).double()
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6 * size)
 
@@ -159,9 +164,8 @@ def test_the_reward_of_a_bf16_model_is_that_of_its_states_in_fp64():
     h = torch.randn(500, 32).bfloat16()
     hidden = torch.stack([h, h + 0.01 * torch.randn_like(h)])                       # (n,P,C)
     same, found = rewards(model, hidden, torch.zeros(500), True)
-    logits = hidden.double() @ model.lm_head.weight.double().T
-    p, q = logits.log_softmax(-1)
-    right = (p.exp() * (q - p)).sum(-1)
+    topk, logits = hidden.double() @ model.lm_head.weight.double().T
+    right = gain_in_fp64(logits, topk)
     assert (same == 0).all()
     assert (found - right).mean().abs() < 0.02 * right.mean().abs()
 

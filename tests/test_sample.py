@@ -4,25 +4,19 @@ import re
 import pytest
 import torch
 
-import run.standins as standins
 import study.sample
-from conftest import refusal
-from hub.checkpoint import base_digest, load
+from conftest import model_and_policy, refusal
 from hub.tokenizer import Tokenizer
 from model import generate
-from run.state import trained_policy
 
 
 def test_generation_prints_the_text_speed_and_mean_k(smoke, capsys):
     run = smoke[0]
-    model = load(run / 'base')
     tokenizer = Tokenizer(run / 'base')
     flags = '--prompt', 'def f(', '--tokens', '12', '--temperature', '0'
     study.sample.main(['--run', str(run), *flags])
     printed = capsys.readouterr().out
-    digest = base_digest(run / 'base')
-    policy = trained_policy(run, model.config, digest, 'cpu')
-    standins.use(model, standins.of_run(run, digest))
+    model, policy = model_and_policy(run)
     tokens = torch.tensor([tokenizer.encode('def f(')])
     written = generate(model, tokens, 12, policy)[0]
     assert printed.startswith(tokenizer.decode(written.tolist()))

@@ -1,6 +1,7 @@
 """run/standins.py: by hand, against torch.linalg, in a model."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 import moe_dispatch
 import run.standins as standins
@@ -10,6 +11,7 @@ from hub.checkpoint import save
 from hub.files import InputError
 from model import generate
 from run.evaluate import evaluate
+from run.rules import look
 from run.standins import StandIns
 from scale.stream import stream
 from train import Settings
@@ -37,19 +39,19 @@ def test_every_form_is_the_sum_over_the_choices(tokens, r):
 
 @pytest.fixture
 def layer():
-    """A MoE layer, and what a fit sees of 3,000 tokens: x, g, ids."""
+    """A MoE layer, and what a fit sees of 3,000 tokens: x, the weights of all but the first choice, ids."""
     moe = random_model(tiny_config()).layers[0].mlp
     x = torch.randn(3000, 32)
     p, ids = moe.router(x).softmax(-1).topk(3)
-    return moe, x, p / p.sum(-1, keepdim=True), ids
+    return moe, x, F.pad(p[:, 1:], (1, 0)), ids
 
 
 @pytest.mark.parametrize('rank', [2, 8, 32])
 def test_a_fit_leaves_least_of_all_maps_of_its_rank(rank, layer, monkeypatch):
     monkeypatch.setattr(standins, 'RIDGE', 1e-12)
-    moe, x, g, ids = layer
-    token, choice = torch.where(ids[:, 1:] == 2)               # the tokens that choose expert 2, not first
-    ones = g[token, 1 + choice, None].double()                 # all is times g
+    moe, x, left, ids = layer
+    token, choice = torch.where(ids[:, 1:] == 2)               # the tokens that drop expert 2
+    ones = left[token, 1 + choice, None].double()              # all is times the weight
     X = ones * x[token]
     Y = ones * standins.output(moe, 2, x[token])
     both = torch.cat([X, ones], dim=1)
@@ -63,7 +65,8 @@ def test_a_fit_leaves_least_of_all_maps_of_its_rank(rank, layer, monkeypatch):
 
 
 def test_rho_is_the_best_number(layer):
-    moe, x, g, ids = layer
+    moe, x, _, ids = layer
+    g = torch.rand(ids.shape).softmax(-1)
     moe.w_in[1:] = moe.w_in[0]                                 # somewhat similar experts
     moe.w_out[1:] += moe.w_out[0]
     k = torch.full((3000,), 2)
@@ -72,15 +75,15 @@ def test_rho_is_the_best_number(layer):
     def error(rho):
         weights = g * (1 + rho * g[:, 2:] / (1 - g[:, 2:]))
         return (moe_dispatch.moe_loop(x, ids, weights, k, moe.w_in, moe.w_out) - full).square().sum()
-    found = standins.fit_rho(*layer)
+    found = standins.fit_rho(moe, x, g, ids)
     assert 0 < found < 1
     assert error(found) < min(error(found - 0.05), error(found + 0.05))
 
 
-def test_an_expert_that_few_tokens_choose_has_its_mean(layer):
-    moe, x, g, ids = layer
+def test_an_expert_that_few_tokens_drop_has_its_mean(layer):
+    moe, x, left, ids = layer
     one = torch.where(ids[:, 2] == 5)[0][:1]
-    A, B, b = standins.fit_expert(moe, x[one], g[one], ids[one], 5, 8)
+    A, B, b = standins.fit_expert(moe, x[one], left[one], ids[one], 5, 8)
     assert not A.any()
     assert not B.any()
     torch.testing.assert_close(b[None], standins.output(moe, 5, x[one]).float())
@@ -101,7 +104,7 @@ def test_eta_is_where_the_loss_of_the_text_is_lowest(lowest, found, model, monke
         eta = model.layers[2].mlp.weighting.eta
         return [(torch.tensor([(eta - lowest) ** 2]), None)]
     monkeypatch.setattr(standins, 'evaluate', evaluated)
-    fitted = standins.fit(Settings(dropped='published'), model, None)
+    fitted = standins.fit(Settings(dropped='published'), model, None, None)
     standins.fit_eta(model, fitted, None)
     torch.testing.assert_close(fitted['eta'], torch.full((3,), float(found)))
 
@@ -109,12 +112,26 @@ def test_eta_is_where_the_loss_of_the_text_is_lowest(lowest, found, model, monke
 def test_each_way_costs_less_than_the_one_before(model):
     inputs = torch.randint(50, (64, 32))
     windows = inputs[:16], inputs[:16], None
+    skip = Skip(0.6, 3)
     costs = []
     for dropped in ('published', 'rho', 'stand-ins'):
-        standins.use(model, standins.fit(Settings(dropped=dropped, rank=24), model, inputs))
-        [(nats, _)] = evaluate(model, windows, [Skip(0.6, 3)], expected=True)
+        standins.use(model, standins.fit(Settings(dropped=dropped, rank=16), model, inputs, skip))
+        [(nats, _)] = evaluate(model, windows, [skip], expected=True)
         costs.append(nats.mean())
     assert costs[0] > costs[1] > 1.1 * costs[2] > 0
+
+
+def test_stand_ins_are_fitted_where_the_policy_drops_experts(model):
+    inputs = torch.randint(50, (64, 32))
+    skip = Skip(0.6, 3)
+    fitted = standins.fit(Settings(rank=8), model, inputs, skip)
+
+    def compare(layer, x, probs):
+        moe = model.layers[model.config.moe_layers[layer]].mlp
+        ids, _, left = skip.select(probs, skip(layer, x, probs), moe.weighting)
+        maps = standins.fit_expert(moe, x, left, ids, 3, 8)
+        torch.testing.assert_close(maps, tuple(fitted[name][layer, 3] for name in 'ABb'))
+    look(model, inputs, compare)
 
 
 @torch.no_grad()
@@ -122,8 +139,8 @@ def test_each_way_costs_less_than_the_one_before(model):
 def test_cached_and_streamed_models_use_the_same(dropped, model, tmp_path):
     inputs = torch.randint(50, (8, 32))
     save(model, tmp_path)
-    standins.save(tmp_path, standins.fit(Settings(dropped=dropped), model, inputs), 'a base')
     policy = Skip(0.6, 3)
+    standins.save(tmp_path, standins.fit(Settings(dropped=dropped), model, inputs, policy), 'a base')
     streamed = stream(tmp_path)
     for m in (model, streamed):
         standins.use(m, standins.of_run(tmp_path, 'a base'))
@@ -138,7 +155,7 @@ def test_cached_and_streamed_models_use_the_same(dropped, model, tmp_path):
 
 def test_a_rank_above_the_width_is_refused(model):
     with pytest.raises(InputError, match='--rank 33: '):
-        standins.fit(Settings(rank=33), model, torch.randint(50, (8, 32)))
+        standins.fit(Settings(rank=33), model, torch.randint(50, (8, 32)), TopK(3))
 
 
 def test_a_budget_counts_stand_ins():

@@ -4,15 +4,15 @@ import os
 import pytest
 import torch
 
-from allocator import AdaK, Allocators, TopK
-from conftest import ROOT, random_model, tiny_config
+from allocator import TopK
+from conftest import GOLDEN, needs_cuda, random_ada_k, random_model, tiny_config
 from hub.checkpoint import load, save
 from hub.files import InputError
 from model import generate
 from scale.memory import weight_counts
 from scale.stream import stream
 
-MODELS = sorted({path.parent for path in (ROOT / 'tests/golden').glob('*/model*.safetensors')})
+MODELS = sorted({path.parent for path in GOLDEN.glob('*/model*.safetensors')})
 
 
 @torch.no_grad()
@@ -36,11 +36,9 @@ def checkpoint(tmp_path):
 def test_passes_share_a_sweep_and_change_nothing(checkpoint, monkeypatch):
     plain = load(checkpoint)
     streamed = stream(checkpoint)
-    allocators = Allocators(plain.config, 6, True)
-    allocators.weight.data.normal_(0, .3)
     passes = [
         (torch.randint(50, (1, 9)), None),
-        (torch.randint(50, (4, 9)), AdaK(allocators)),
+        (torch.randint(50, (4, 9)), random_ada_k(plain.config, 6)),
         (torch.randint(50, (2, 5)), TopK(1)),
     ]
     read = []
@@ -74,7 +72,7 @@ def test_a_file_that_shrinks_while_it_is_streamed(checkpoint):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device here')
+@needs_cuda
 def test_streamed_logits_on_cuda(checkpoint):
     tokens = torch.randint(50, (3, 9), device='cuda')
     logits = load(checkpoint, torch.bfloat16, 'cuda')(tokens)

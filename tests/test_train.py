@@ -1,7 +1,6 @@
 """train.py from the command line: the smoke preset start to end, and every wrong input by its one line."""
 import csv
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +9,13 @@ import torch
 import train
 from allocator import Allocators
 from base.text import Text
-from conftest import ROOT, random_model, refusal, tiny_config
+from conftest import GOLDEN, ROOT, random_model, refusal, rows_of, tiny_config
 from hub.checkpoint import base_digest, hub_tensors
 from hub.config import from_hf
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import write_safetensors
 from run.rules import SkipFamilies
 from run.start import new_allocators
-
-GOLDEN = Path(__file__).parent / 'golden'
 
 
 def test_smoke_writes_what_it_promises(smoke):
@@ -32,7 +29,7 @@ def test_smoke_writes_what_it_promises(smoke):
         'standins.safetensors',
         'training.png',
     ]
-    rows = {row['method']: row for row in read_json(out / 'results.json')['rows']}
+    rows = rows_of(out)
     assert list(rows) == ['top-k', 'ada-k', 'random-mix', 'top-p', 'skip']
     topk = rows['top-k']
     assert topk['delta'] == topk['delta_se'] == 0
@@ -115,7 +112,7 @@ def test_the_whole_pipeline_on_a_loaded_checkpoint(tmp_path):
     out = tmp_path / 'out'
     data = ROOT / 'train.py'
     train.main(['--preset', 'smoke', '--ckpt', str(folder), '--data', str(data), '--out', str(out)])
-    rows = {row['method']: row for row in read_json(out / 'results.json')['rows']}
+    rows = rows_of(out)
     assert all(len(row['mean_k_by_layer']) == 2 and np.isfinite(row['loss']) for row in rows.values())
     assert rows['top-k']['mean_k'] == 3
     assert rows['ada-k']['mean_k'] < 2.6
