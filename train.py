@@ -91,7 +91,7 @@ class Settings:
     entropy: float = 0.15           # bonus of a nat of entropy, in first prices of an expert
     weight_decay: float = 0.0
     # evaluation
-    heldout_tokens: int = 131072    # knobs are set on a quarter as many, of training text
+    heldout_tokens: int = 131072    # of training text stand-ins see as many, knobs a quarter
 
 
 WIDE = dict(n_layers=4, dim=128, n_heads=4, base_steps=900)

@@ -34,7 +34,11 @@ class SkipFamilies:
         self.windows = windows
         self.steps = {}                                        # {around: what the steps of each layer cost}
         self.best = {}                                         # {mean k: the name of the best family there}
-        self.tails = tails(model, windows[0]).cpu()                         # (L,P,K-1)
+
+        def ratios(layer, x, probs):
+            return tail_ratios(probs.topk(self.K).values)
+        # of every layer and token, under the model's own top-k
+        self.tails = torch.stack(look(model, windows[0], ratios)).cpu()     # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
 
@@ -134,14 +138,6 @@ def look(model, inputs, see):
             x, probs = map(torch.cat, zip(*seen))
             found.append(see(len(found), x, probs))
     return found
-
-
-def tails(model, inputs):
-    """Skip's ratios of every layer and token of inputs (B,T) under the model's own top-k: (L,B*T,K-1)."""
-    def ratios(layer, x, probs):
-        p = probs.topk(model.config.top_k, dim=-1).values
-        return tail_ratios(p)
-    return torch.stack(look(model, inputs, ratios))
 
 
 def betas_at(ratios, mean_k):

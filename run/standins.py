@@ -89,8 +89,7 @@ def fit(s, model, inputs, policy):
         moe = experts[layer]
         progress(layer + 1, None)
         if rank == 0:
-            g, ids = probs.topk(config.top_k, dim=-1)                       # (P,K)
-            g = g / g.sum(-1, keepdim=True)
+            ids, g, _ = policy.select(probs, None, moe.weighting)           # (P,K) both
             return {'rho': config.norm_topk * fit_rho(moe, x, g, ids)}
         ids, _, left = policy.select(probs, policy(layer, x, probs), moe.weighting)         # (P,width)
         maps = [fit_expert(moe, x, left, ids, n, rank) for n in range(config.n_experts)]
@@ -99,18 +98,16 @@ def fit(s, model, inputs, policy):
     for name in layers[0]:
         fitted[name] = torch.stack([of_layer[name] for of_layer in layers]).cpu()
     if rank > 0:
-        mean_alone = (fitted['A'] == 0).all((2, 3)) & (fitted['b'] != 0).any(2)             # (L,N)
-        poor = mean_alone.sum().item()
-        if poor:
-            print(f'stand-ins: too few tokens drop {poor} of the experts: their mean output stands in')
+        poor = (fitted['A'] == 0).all((2, 3)) & (fitted['b'] != 0).any(2)   # (L,N)
+        if poor.any():
+            print(f'stand-ins: too few tokens drop {poor.sum()} of the experts: their mean output stands in')
     return fitted
 
 
 def refit(s, model, text, policy):
     """Let the model run with what is fitted for the policy on training text -> what `fit` returns."""
-    inputs = text.windows(s.seq, s.heldout_tokens)[0]
     torch.manual_seed(s.seed)                                  # all ranks draw the same
-    fitted = fit(s, model, inputs, policy)
+    fitted = fit(s, model, text.windows(s.seq, s.heldout_tokens)[0], policy)
     use(model, fitted)
     return fitted
 
@@ -168,7 +165,7 @@ def fit_expert(moe, x, left, ids, n, rank):
 
 
 def fit_eta(model, fitted, windows):
-    """Set fitted['eta'], by the loss of windows of text with K + 1 experts for every token.
+    """Set fitted['eta'], by the loss of windows of text with K + 1 experts for every token; the model has it.
 
     The loss is nearly a parabola in eta: the lowest point of the one through three losses.
     """
@@ -183,6 +180,7 @@ def fit_eta(model, fitted, windows):
     bend = none - 2 * some + much
     best = ETA * (1 + (none - much) / (2 * bend)) if bend > 0 else 0
     fitted['eta'].fill_(min(max(best, 0), 1))
+    use(model, fitted)
 
 
 # ================================================================ in the model

@@ -17,7 +17,7 @@ SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
 TOGETHER = 9            # inputs that may move together at unit variance: N + K - 1 of Mixtral
 WARM_LR = 1e-3          # of P-Warm
-MOST_AT_FIRST = 0.9     # of K
+MOST_AT_FIRST = 0.9     # of K: at K a rule drops nothing, and there is no start
 FIRST_PRICE = 0.7       # of what an expert is worth to a rule: trained ones get more from those they run
 
 
@@ -31,7 +31,6 @@ def prepare(s, model, text):
     fitted = standins.refit(s, model, text, skip)
     if s.beyond:
         standins.fit_eta(model, fitted, families.windows)
-        standins.use(model, fitted)
     return fitted, families
 
 
@@ -112,8 +111,7 @@ def p_warm(s, model, allocators, batches):
 
     p is chosen on the first batch so that the mean of these labels is the model's own K.
     """
-    inputs = next(batches)[0]
-    probs = look(model, inputs, lambda layer, x, probs: probs)              # (P,N) each
+    probs = look(model, next(batches)[0], lambda layer, x, probs: probs)    # (P,N) each
     p = find_mass(torch.cat(probs), model.config.top_k)
 
     @torch.enable_grad()

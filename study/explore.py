@@ -17,14 +17,14 @@ import torch.nn.functional as F
 
 import ppo
 import run.standins as standins
-from allocator import AdaK, Counted, TopK, Watched
+from allocator import AdaK, Counted, RandomMix, TopK, TopP, Watched, find_knob
 from base.documents import read_documents, split_documents
 from base.frozen import load_model
 from hub.files import InputError, write_whole
 from hub.tokenizer import Tokenizer
 from run.console import one_line_errors, open_out
-from run.evaluate import calibrate, flops_shares
-from run.rules import SkipFamilies, rule_at
+from run.evaluate import flops_shares
+from run.rules import SkipFamilies
 from study.policies import open_policy
 from study.study import DEAREST, parser
 
@@ -32,7 +32,6 @@ BUDGETS = 9             # from 1 expert to K
 LONGEST = 512           # tokens of a passage
 PAGE_BYTES = 2_000_000  # of the largest page
 SHOWN = 4               # router probabilities, and next tokens
-RULES = {'skip': 'per layer', 'top-p': 'top-p', 'random-mix': 'random-mix'}
 
 
 # ================================================================ what the model computes
@@ -41,8 +40,8 @@ RULES = {'skip': 'per layer', 'top-p': 'top-p', 'random-mix': 'random-mix'}
 def explore(model, tokenizer, ids, T, allocators):
     """The numbers of the page: rows of top-k, and of each policy by budget.
 
-    ids: the n tokens of the passage, read in windows of T. Ada-K meets a budget by its price, the others have
-    its mean k. Ada-K's rows also have the allocators' probabilities of each k, (L,n,k_max).
+    ids: the n tokens of the passage, read in windows of T. Ada-K meets a budget by its price, the others are
+    calibrated to its mean k. Ada-K's rows also have the allocators' probabilities of each k, (L,n,k_max).
     `router`, (L,n,SHOWN), is under top-k.
     """
     config = model.config
@@ -82,23 +81,33 @@ def explore(model, tokenizer, ids, T, allocators):
             'sure': packed(100 * best),
         }
 
+    def calibrated(mean_k, policy_of, low, high):
+        """The row of policy_of(knob) with this mean k on the passage; low, high as for find_knob."""
+        def measured(knob):
+            return row(policy_of(knob))['mean_k']
+        knob = find_knob(measured, mean_k, low, high, policy_of(high).k_max)
+        return {'knob': knob, **row(policy_of(knob))}
+
     families = SkipFamilies(model, [windows, windows])
-    rows = {'ada-k': []}
-    for mean_k in np.linspace(1, K, BUDGETS):
-        policy_of = partial(AdaK, allocators)                  # of a price
-        ada = calibrate(model, families.windows, policy_of, mean_k, DEAREST, -DEAREST)
+    dials = {                   # the policy of a knob, the knobs of 1 expert and of all that it may run
+        'ada-k': (partial(AdaK, allocators), DEAREST, -DEAREST),
+        'skip': (partial(families.policy, 'per layer'), 1, K),
+        'top-p': (partial(TopP, n_experts=config.n_experts), 0, 1),
+        'random-mix': (RandomMix, 1, K),
+    }
+    mean_ks = np.linspace(1, K, BUDGETS)
+    rows = {}
+    for name, dial in dials.items():
+        rows[name] = [calibrated(mean_k, *dial) for mean_k in mean_ks]
+        mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]      # of all others
+
+    for of_budget in rows['ada-k']:
+        ada = AdaK(allocators, of_budget['knob'])
 
         def choices(layer, x, probs, k):
             logits = F.linear(allocators.raw(x, probs), *ada.maps[layer])
             return 100 * logits.softmax(-1)
-        rows['ada-k'].append({
-            **row(ada),
-            'price': float(ada.price),
-            'choices': packed(read(ada, choices)[0]),
-        })
-    for name, rule in RULES.items():
-        mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]
-        rows[name] = [row(rule_at(families, rule, mean_k, mean_k)) for mean_k in mean_ks]
+        of_budget['choices'] = packed(read(ada, choices)[0])
 
     def routed(layer, x, probs, k):
         return 100 * probs.topk(min(SHOWN, config.n_experts)).values
@@ -144,8 +153,7 @@ def main(argv=None):
     model = load_model(s, folder)
     standins.use(model, fitted)
     # real checkpoints read far more than LONGEST; where they want a token in front, one window has it
-    n_windows = 1 if tokenizer.front else -(-n // s.seq)
-    T = -(-n // n_windows)                                     # equally long, so hardly any padding
+    T = n if tokenizer.front else min(n, s.seq)
     *shown, _ = tokenizer.stream(ids)
     data = json.dumps({
         'run': a.run,

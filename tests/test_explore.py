@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import run.standins as standins
 import study.explore
 from allocator import AdaK, Counted, TopK
-from conftest import refusal
-from hub.checkpoint import base_digest, load
+from conftest import model_and_policy, refusal
 from hub.tokenizer import Tokenizer
-from run.state import trained_policy
 from study.explore import BUDGETS, PAGE_BYTES, SHOWN
 
 TEXT = 'def größe(x):  # </script><script>document.title = "run"</script>\n\treturn "漢" < \'&amp;\'\n'
+T = 64                  # tokens of a window of the smoke run
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 
 
@@ -51,10 +49,7 @@ def unpacked(text, *shape):
 @pytest.fixture(scope='module')
 def separate(run):
     """(model, ids, allocators) to compute the numbers once more."""
-    model = load(run / 'base')
-    digest = base_digest(run / 'base')
-    policy = trained_policy(run, model.config, digest, 'cpu')
-    standins.use(model, standins.of_run(run, digest))
+    model, policy = model_and_policy(run)
     return model, Tokenizer(run / 'base').encode(TEXT), policy.allocators
 
 
@@ -62,9 +57,7 @@ def separate(run):
 def read(model, ids, policy):
     """(loss of every next token, probabilities (n,V), tally) of windows read one after the other."""
     tally = Counted(policy, len(model.config.moe_layers))
-    n = len(ids)
-    T = -(-n // -(-n // 64))                                   # the smoke run's windows are of 64 tokens
-    logits = [model(torch.tensor([ids[at:at + T]]), tally)[0] for at in range(0, n, T)]
+    logits = [model(torch.tensor([ids[at:at + T]]), tally)[0] for at in range(0, len(ids), T)]
     logp = torch.cat(logits).log_softmax(-1)
     loss = [-logp[t, i].item() for t, i in enumerate(ids[1:])]
     return loss, logp.exp(), tally
@@ -74,9 +67,9 @@ def test_rows_are_those_of_separate_passes(explored, separate):
     model, ids, allocators = separate
     _, page = explored
     n = len(ids)
-    assert n > 64
+    assert n > T
     rows = [(page['top-k'], TopK(4))]
-    rows += [(row, AdaK(allocators, row['price'])) for row in page['policies']['ada-k'][1:-1:3]]
+    rows += [(row, AdaK(allocators, row['knob'])) for row in page['policies']['ada-k'][1:-1:3]]
     for row, policy in rows:
         loss, probs, tally = read(model, ids, policy)
         assert row['losses'] == pytest.approx(loss, abs=2e-4)
@@ -94,9 +87,8 @@ def test_policies_share_the_mean_k_and_end_at_one_expert_and_at_top_k(explored):
     topk = page['top-k']
     for name, rows in page['policies'].items():
         assert len(rows) == BUDGETS
-        near = 0.1 if name == 'random-mix' else 0.02           # of few draws
         for row, ada in zip(rows, page['policies']['ada-k']):
-            assert row['mean_k'] == pytest.approx(ada['mean_k'], rel=near)
+            assert row['mean_k'] == pytest.approx(ada['mean_k'], rel=0.02)
         assert rows[0]['mean_k'] == pytest.approx(1, abs=0.01)
         if name != 'top-p':
             assert rows[-1]['losses'] == topk['losses']
