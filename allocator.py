@@ -23,8 +23,12 @@ from hub.safetensors import read_safetensors, write_safetensors
 
 
 class Policy:
-    """What every policy is: k_max, the most experts it may choose, and the choice itself."""
+    """What every policy is: k_max, the most experts it may choose, and the choice itself.
+
+    fitted: what was fitted for it, for the model that follows it to run with (run/standins.py:use).
+    """
     k_max = 1
+    fitted = {}
 
     def __call__(self, layer, x, probs):
         """k (P,) int64 in 1..k_max of the tokens x (P,C) with router probabilities (P,N)."""
@@ -133,6 +137,7 @@ class Allocators(nn.Module):
         self.extended = extended
         self.top_k = config.top_k
         self.run = {}                                          # facts of the run that trained them
+        self.fitted = {}                                       # and what it fitted to them (run/standins.py)
         self.weight = nn.Parameter(torch.zeros(L, k_max, n_in))
         self.bias = nn.Parameter(torch.zeros(L, k_max), requires_grad=extended)
         self.register_buffer('mean', torch.zeros(L, n_in))
@@ -162,9 +167,10 @@ class Allocators(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def save(self, path, base, **run):
-        """Write a safetensors file that names its base model by the digest `base` (hub/checkpoint.py).
+        """Write a safetensors file of the allocators and of what is fitted for them.
 
-        run: what else it is to remember of the run that trained it.
+        base: the digest of their base model (hub/checkpoint.py); run: what else to remember of the run that
+        trained them.
         """
         facts = {
             'k_max': self.k_max,
@@ -172,7 +178,7 @@ class Allocators(nn.Module):
             'base': base,
             'run': run,
         }
-        write_safetensors(path, self.state_dict(), {'allocators': json.dumps(facts)})
+        write_safetensors(path, {**self.state_dict(), **self.fitted}, {'allocators': json.dumps(facts)})
 
     @classmethod
     def load(cls, path, config, base):
@@ -185,10 +191,12 @@ class Allocators(nn.Module):
             k_max = len(tensors['bias'][0])
             allocators = cls(config, k_max, facts['extended'])
             allocators.run = facts['run']
-            allocators.load_state_dict(tensors)
             for name, t in tensors.items():
                 if not t.isfinite().all():
                     raise InputError(f'{path}: {name} holds NaN or infinity')
+            own = {name: tensors.pop(name) for name in allocators.state_dict()}
+            allocators.load_state_dict(own)
+            allocators.fitted = tensors
         return allocators
 
 
@@ -203,6 +211,7 @@ class AdaK(Policy):
         a = allocators
         self.allocators = a
         self.k_max = a.k_max
+        self.fitted = a.fitted
         self.price = a.price if price is None else price
         k = torch.arange(1, a.k_max + 1, device=a.weight.device)
         weight = a.weight / a.std[:, None]                                  # (L,k_max,n_in)

@@ -165,7 +165,7 @@ def of_run(a, s):
     tokens = texts[2].windows(s.seq, 2048)[0].to(s.device)
     if a.run:
         policy = trained_policy(run, model.config, digest, s.device)
-        standins.use(model, standins.of_run(run, digest))
+        standins.use(model, policy.fitted)
     else:
         policy = fewer(model, tokens)
     return a.run or a.ckpt, model, tokens, policy

@@ -10,7 +10,7 @@
 
 Stages, in order: text -> base model -> start of the allocators -> PPO -> evaluation. They write to `--out`:
     base/                     config.json, model.safetensors, tokenizer.json: transformers opens this folder
-    allocator.safetensors     the trained allocators; standins.safetensors: what runs where an expert does not
+    allocator.safetensors     the trained allocators, and what stands in for experts that do not run
     log.csv, training.png     every PPO step
     results.json              the table
 
@@ -298,7 +298,7 @@ def run(s, out):
     if target:
         policy = calibrate(model, families.windows, partial(AdaK, allocators), target, 2, -2)
         allocators.price.fill_(policy.price)
-    fitted = standins.refit(s, model, text, AdaK(allocators))               # for what is dropped now
+    allocators.fitted = standins.refit(s, model, text, AdaK(allocators))    # for what is dropped now
     windows = heldout.windows(s.seq, s.heldout_tokens)
     rows = compare(s, model, text, allocators, families, windows, target)
     lap('evaluation')
@@ -309,7 +309,6 @@ def run(s, out):
         return
     allocators.save(out / 'allocator.safetensors', digest,
                     budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
-    standins.save(out, fitted, digest)
     write_log(out / 'log.csv', log)
     results = {
         'run': out.name,

@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import threading
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -23,20 +22,18 @@ from moe_dispatch import select, used
 
 # ================================================================ in and out
 
-def attach(model, policy, fitted=None):
-    """Let a policy of allocator.py decide k in the model -> its Tally.
+def attach(model, policy):
+    """Let a policy of allocator.py decide k in the model, with the stand-ins that it brings -> its Tally.
 
-    policy: also the path of an allocator file; the stand-ins of that run, beside it, are then used too.
-    fitted: those to use with a policy (run/standins.py:fit). model: of AutoModelForCausalLM or AutoModel,
-    wherever its layers lie, also in the wrapper of PEFT or of torch.compile. InputError, and an untouched
-    model, for a family or version that is not known, a router that has hooks of others, quantised experts, or
-    allocators of another base.
+    policy: also the path of a file of allocators. model: of AutoModelForCausalLM or AutoModel, wherever its
+    layers lie, also in the wrapper of PEFT or of torch.compile. InputError, and an untouched model, for a
+    family or version that is not known, a router that has hooks of others, quantised experts, or allocators
+    of another base.
     """
     model, decoder = unwrap(model)
     blocks, config = check_blocks(decoder)
     if not callable(policy):
         base = weights_digest(digest_weights(blocks))
-        fitted = standins.of_run(Path(policy).parent, base)
         policy = AdaK(Allocators.load(policy, config, base))
     if policy.k_max > config.n_experts:
         raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
@@ -45,7 +42,7 @@ def attach(model, policy, fitted=None):
     eager = torch.compiler.disable                             # a compiled hook would not count
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
     for layer, block in enumerate(blocks):
-        how, stand_in = standins.of_layer(config, fitted, layer, block.gate.weight)
+        how, stand_in = standins.of_layer(config, policy.fitted, layer, block.gate.weight)
         hook = router_hook(layer, tally, how, stand_in, config)
         undo(block.gate.register_forward_hook(eager(hook)).remove)
         if stand_in:

@@ -11,14 +11,12 @@ which the expert is an easier function than on all, so every policy has stand-in
 those of expert skipping at the budget, and what it has learnt gets its own at the end.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from allocator import TopK
-from hub.files import InputError, reading
-from hub.safetensors import read_safetensors, write_safetensors
+from hub.files import InputError
 from moe_dispatch import STATIC_TOKENS, Weighting
 from run.console import Progress
 from run.evaluate import evaluate
@@ -241,7 +239,7 @@ class StandIns:
 
 
 def of_layer(config, fitted, layer, like):
-    """How a layer weighs its experts, and its StandIns or None, with what `fit` returned; None: as published.
+    """How a layer weighs its experts, and its StandIns or None, with what `fit` returned; {}: as published.
 
     The stand-ins get the device and dtype of the tensor `like`.
     """
@@ -256,23 +254,6 @@ def of_layer(config, fitted, layer, like):
 
 
 def use(model, fitted):
-    """Let the model run with what `fit` returned; None: as published."""
+    """Let the model run with what `fit` returned, or with {} as published."""
     for layer, moe in enumerate(blocks(model)):
         moe.weighting, moe.standins = of_layer(model.config, fitted, layer, model.norm.weight)
-
-
-def save(run, fitted, base):
-    """Write what `fit` returned into the folder of a run; `base`: the digest of the model it is of."""
-    write_safetensors(run / 'standins.safetensors', fitted, {'base': base})
-
-
-def of_run(run, base):
-    """What the run in a folder was trained with, or None; InputError if it is of another base."""
-    path = Path(run) / 'standins.safetensors'
-    if not path.exists():
-        return None
-    with reading(path):
-        fitted, metadata = read_safetensors(path)
-        if metadata['base'] != base:
-            raise InputError(f'{path}: fitted on another base model than this one')
-        return {'rho': fitted.pop('rho'), 'eta': fitted.pop('eta'), **fitted}

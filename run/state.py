@@ -19,8 +19,7 @@ from run.ranks import ranks
 NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream', 'device'
 
 # what a run writes into its folder, beside base/
-WRITTEN = ('allocator.safetensors', 'standins.safetensors', 'state.pt', 'log.csv', 'results.json',
-           'training.png')
+WRITTEN = 'allocator.safetensors', 'state.pt', 'log.csv', 'results.json', 'training.png'
 
 
 @contextmanager

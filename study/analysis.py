@@ -141,7 +141,7 @@ def main(argv=None):
     a = parser(__doc__).parse_args(argv)
     study = open_study(a, 'analysis')
     policy = trained_policy(a.run, study.model.config, study.digest, study.s.device)
-    standins.use(study.model, standins.of_run(a.run, study.digest))
+    standins.use(study.model, policy.fitted)
     results = analyse(study, policy)
     write_json(study.folder / 'analysis.json', results)
     analysis_figure(study.folder / 'analysis.png', results)

@@ -143,7 +143,7 @@ def main(argv=None):
     p.add_argument('--prompt', help='the passage itself')
     p.set_defaults(policy='ada-k')
     a = p.parse_args(argv)
-    s, folder, _, policy, fitted = open_policy(a)
+    s, folder, _, policy = open_policy(a)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.front + passage_of(a, s, tokenizer)
     n = len(ids)
@@ -151,7 +151,7 @@ def main(argv=None):
         raise InputError(f'the passage has {n} tokens: give 2 to {LONGEST}')
     out = open_out(a.run, 'explore.html')
     model = load_model(s, folder)
-    standins.use(model, fitted)
+    standins.use(model, policy.fitted)
     # real checkpoints read far more than LONGEST; where they want a token in front, one window has it
     T = n if tokenizer.front else min(n, s.seq)
     *shown, _ = tokenizer.stream(ids)

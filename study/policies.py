@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 import ppo
-import run.standins as standins
 from allocator import Skip, TopK
 from base.frozen import base_folder
 from hub.checkpoint import base_digest
@@ -92,7 +91,7 @@ def policy_flags(p):
 
 
 def open_policy(a):
-    """(Settings, folder of the base, its Config, policy, stand-ins) that a program's flags name.
+    """(Settings, folder of the base, its Config, policy) that a program's flags name.
 
     Opens their device and meets the other ranks (run/console.py:open_model_flags); sets a.policy.
     """
@@ -108,8 +107,7 @@ def open_policy(a):
         policy = trained_policy(a.run, config, digest, s.device)
     else:
         policy = rule(a.policy, config)
-    fitted = standins.of_run(a.run, digest) if a.run else None
-    return s, folder, config, policy, fitted
+    return s, folder, config, policy
 
 
 def rule(name, config):

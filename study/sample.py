@@ -28,7 +28,7 @@ def main(argv=None):
     p.add_argument('--temperature', type=float, default=0.8, help='0: the most probable token (default 0.8)')
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (default 0)')
     a = p.parse_args(argv)
-    s, folder, config, policy, fitted = open_policy(a)
+    s, folder, config, policy = open_policy(a)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.prompt(a.prompt)
     n = len(ids)
@@ -41,7 +41,7 @@ def main(argv=None):
         raise InputError(f'--prompt: the tokenizer gives id {max(ids)}, '
                          f'the model has only {config.n_vocab} tokens')
     model = load_model(s, folder)
-    standins.use(model, fitted)
+    standins.use(model, policy.fitted)
     tally = Counted(policy, len(config.moe_layers), a.device)
     start = time.perf_counter()
     tokens = torch.tensor([ids], device=a.device)

@@ -97,14 +97,14 @@ def main(argv=None):
     p.add_argument('--out', default='out/tasks', help='folder of tasks.json (default out/tasks)')
     p.set_defaults(device='cpu', stream=False)                 # of the allocators until they are attached
     a = p.parse_args(argv)
-    _, folder, config, policy, fitted = open_policy(a)
+    _, folder, config, policy = open_policy(a)
     out = open_out(a.out, 'tasks.json')
     lm = open_model(folder, a.device_map)
     rows = []
     for name in a.tasks.split(','):
         rows += metric_rows(run_task(a, lm, name), 'top-k', config.top_k)
         if a.policy != 'top-k':
-            tally = attach(lm.model, policy, fitted)
+            tally = attach(lm.model, policy)
             rows += metric_rows(run_task(a, lm, name), a.policy, tally.mean())
             detach(lm.model)
         write_json(out / 'tasks.json', {

@@ -113,14 +113,14 @@ def rows_of(out):
 
 
 def model_and_policy(out):
-    """(the model with its stand-ins, the allocators) of a finished run."""
+    """(the model with its stand-ins, the policy) of a finished run."""
     import run.standins as standins
     from hub.checkpoint import base_digest, load
     from run.state import trained_policy
     model = load(out / 'base')
-    digest = base_digest(out / 'base')
-    standins.use(model, standins.of_run(out, digest))
-    return model, trained_policy(out, model.config, digest, 'cpu')
+    policy = trained_policy(out, model.config, base_digest(out / 'base'), 'cpu')
+    standins.use(model, policy.fitted)
+    return model, policy
 
 
 # ---------------------------------------------------------------- processes

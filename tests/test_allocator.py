@@ -98,9 +98,11 @@ def test_rollout_records_what_it_drew(trained):
 
 def test_file_keeps_the_allocators_and_refuses_another_base(trained, tmp_path):
     path = tmp_path / 'allocator.safetensors'
+    trained.fitted = {'rho': torch.rand(2)}
     trained.save(path, 'a base')
     again = Allocators.load(path, tiny_config(), 'a base')
     assert all(map(torch.equal, trained.state_dict().values(), again.state_dict().values()))
+    assert torch.equal(again.fitted['rho'], trained.fitted['rho'])
     with pytest.raises(InputError, match='another base'):
         Allocators.load(path, tiny_config(), 'another base')
     with pytest.raises(InputError, match='damaged'):

@@ -101,7 +101,7 @@ def test_a_run_of_ours_gives_the_same_through_transformers(smoke):
     out, _ = smoke
     ours, policy = model_and_policy(out)
     model = opened(out / 'base')
-    attach(model, out / 'allocator.safetensors')               # with the stand-ins beside it
+    attach(model, out / 'allocator.safetensors')               # with the stand-ins in it
     tokens = random_tokens(8, 60)
     assert_close(model(tokens).logits, ours(tokens, policy))
 

@@ -26,7 +26,6 @@ def test_smoke_writes_what_it_promises(smoke):
         'base',
         'log.csv',
         'results.json',
-        'standins.safetensors',
         'training.png',
     ]
     rows = rows_of(out)
