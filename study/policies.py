@@ -112,15 +112,14 @@ def open_policy(a):
 
 def rule(name, config):
     """The policy without training that `--policy` names; InputError if it is none."""
-    N = config.n_experts
-    kind, _, knob = name.partition('=')
     if name == 'top-k':
-        return TopK(config.top_k)
+        name = f'k={config.top_k}'
+    kind, _, knob = name.partition('=')
     try:
-        if kind == 'k' and int(knob) in range(1, N + 1):
+        if kind == 'k' and 1 <= int(knob) <= config.n_experts:
             return TopK(int(knob))
         if kind == 'skip' and float(knob) >= 0:
             return Skip(float(knob), config.top_k)
     except ValueError:                                         # a knob that is no number
         pass
-    raise InputError(f'--policy {name}: use ada-k with --run, or top-k, k=1..{N}, skip=BETA')
+    raise InputError(f'--policy {name}: use ada-k with --run, or top-k, k=1..{config.n_experts}, skip=BETA')
