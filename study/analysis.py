@@ -90,11 +90,10 @@ def findings(r):
     """
     K = r['K']
     layers = r['by_layer']
-    tenths = r['by_difficulty']
     by_class = r['by_class']
     shares = [f'{k} for {share:.0%}' for k, share in enumerate(r['histogram'], 1) if share >= 0.005]
     middle = np.mean(layers[1:-1] or layers)
-    rising = np.corrcoef(range(10), tenths)[0, 1]
+    rising = np.corrcoef(range(10), r['by_difficulty'])[0, 1]
     claims = [
         (
             'About a tenth of the tokens use more than K',
@@ -109,14 +108,14 @@ def findings(r):
         (
             'Harder tokens use more',
             rising > 0.5,
-            f'mean k by tenth of the loss under top-k, easiest first, {listed(tenths)} '
+            f'mean k by tenth of the loss under top-k, easiest first, {listed(r["by_difficulty"])} '
             f'(correlation of tenth and mean k {rising:+.2f})',
         ),
     ]
     if len(by_class) >= len(CLASSES):
         most_first = sorted(by_class, key=by_class.get, reverse=True)
         of_class = ', '.join(f'{name} {by_class[name]:.2f}' for name in most_first)
-        claims.append(('Content words use more', most_first[0] not in CLASSES[1:], of_class))
+        claims.append(('Content words use more', most_first[0] == CLASSES[0], of_class))
     return '\n'.join(
         f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.'
         for claim, holds, numbers in claims
@@ -126,13 +125,14 @@ def findings(r):
 def analysis_figure(path, r):
     """Three panels: mean k by layer, by class, by difficulty."""
     panels = {
-        'MoE layer': dict(enumerate(r['by_layer'], 1)),
-        'class of the token': r['by_class'],
-        'tenth of the loss (10: hardest)': dict(enumerate(r['by_difficulty'], 1)),
+        'MoE layer': enumerate(r['by_layer'], 1),
+        'class of the token': r['by_class'].items(),
+        'tenth of the loss (10: hardest)': enumerate(r['by_difficulty'], 1),
     }
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for ax, (title, mean_k) in zip(axes, panels.items()):
-        ax.plot(list(mean_k.values()), list(mean_k), 'o')
+    for ax, (title, points) in zip(axes, panels.items()):
+        place, mean_k = zip(*points)
+        ax.plot(mean_k, place, 'o')
         ax.set(title=title, xlabel='mean k')
     save_figure(fig, path)
 
