@@ -18,9 +18,8 @@ from run.report import plt, save_figure
 from run.state import trained_policy
 from study.study import open_study, parser
 
-SPACE = 'white space'
-CLASSES = 'content word', 'number', SPACE, 'operator, punctuation', 'function word'
-# runs of like bytes, a group for each class but the last; what is not ASCII counts as letters
+CLASSES = 'function word', 'content word', 'number', 'white space', 'operator, punctuation'
+# runs of like bytes, a group for each class but the first; what is not ASCII counts as letters
 RUNS = re.compile(rb'([a-zA-Z\x80-\xff]+)|(\d+)|(\s+)|(.)')
 # Python's keywords are function words too
 FUNCTION_WORDS = set(
@@ -34,7 +33,7 @@ FUNCTION_WORDS = set(
 # ================================================================ classes of tokens
 
 def token_classes(tokenizer, ids):
-    """Yield the class of each token: that of its first character that is not white space.
+    """Yield the class of each token: that of its first character that is not white space, if it has one.
 
     bos and eos are white space. The text is what the tokens spell, which may be a normalised form of what the
     tokenizer was given.
@@ -44,12 +43,12 @@ def token_classes(tokenizer, ids):
     for match in RUNS.finditer(b''.join(pieces)):
         run = match[0]
         function = run.lower() in FUNCTION_WORDS
-        of_byte += [CLASSES[-1 if function else match.lastindex - 1]] * len(run)
+        of_byte += [CLASSES[0 if function else match.lastindex]] * len(run)
     end = 0
     for piece in pieces:
-        word = piece.lstrip()
+        word = piece.lstrip() or piece
         end += len(piece)
-        yield of_byte[end - len(word)] if word else SPACE
+        yield of_byte[end - len(word)]
 
 
 # ================================================================ what is measured
@@ -115,7 +114,7 @@ def findings(r):
     if len(by_class) >= len(CLASSES):
         most_first = sorted(by_class, key=by_class.get, reverse=True)
         of_class = ', '.join(f'{name} {by_class[name]:.2f}' for name in most_first)
-        claims.append(('Content words use more', most_first[0] == CLASSES[0], of_class))
+        claims.append(('Content words use more', most_first[0] == 'content word', of_class))
     return '\n'.join(
         f'- **{claim}** {"holds" if holds else "does not hold"} here: {numbers}.'
         for claim, holds, numbers in claims
