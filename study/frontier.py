@@ -125,8 +125,12 @@ def table(columns):
     return markdown(['10⁻³ nats/token, minus top-k', 'seeds', *columns], lines)
 
 
-def figure(path, columns):
-    """Loss minus top-k of every method, with one standard error; a marker for each column."""
+def show(columns, path):
+    """Print the table; draw loss minus top-k with one standard error, a marker for each column.
+
+    The figure is the last of a study's files.
+    """
+    print(table(columns))
     fig, ax = plt.subplots(figsize=(8, 4))
     for marker, (title, rows) in zip('os^v', columns.items()):
         loss = [1000 * row['delta'] for row in rows.values()]
@@ -137,12 +141,6 @@ def figure(path, columns):
     ax.set(xlabel='loss minus top-k (10⁻³ nats/token)')
     ax.legend(loc='lower right')
     save_figure(fig, path)
-
-
-def show(columns, path):
-    """Print the table and write the figure, the last of a study's files."""
-    print(table(columns))
-    figure(path, columns)
     print(f'wrote {path.parent}')
 
 
