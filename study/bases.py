@@ -18,7 +18,7 @@ from pathlib import Path
 from hub.files import read_json, write_json
 from run.console import OneLineParser, one_line_errors, open_out
 from study.frontier import RULES, measure, show
-from study.study import BUDGET, Study
+from study.study import Study
 from train import PRESETS, Settings
 
 BASES = 'deep', 'prose', 'fine', 'many'
@@ -59,7 +59,6 @@ def main(argv=None):
                 write_json(done, measure(study, [s.budget], methods))
             of_ways[way] = read_json(done)
         results[name] = {
-            'budget': BUDGET,
             **of_ways['stand-ins'],
             'ways': of_ways,
         }
