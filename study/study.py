@@ -13,7 +13,7 @@ import torch
 import run.standins as standins
 from allocator import AdaK, Allocators, TopK
 from base.frozen import base_model
-from hub.files import InputError, read_json, reading, write_json
+from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
@@ -78,9 +78,8 @@ class Study:
                 'counts': tally.counts,
             })
             gathered('written')                                # by rank 0
-        with reading(path):
-            tensors, _ = read_safetensors(path)
-            return tensors['loss'].double(), tensors['counts']
+        tensors, _ = read_safetensors(path)
+        return tensors['loss'].double(), tensors['counts']
 
     def target(self, budget):
         """The mean k of a budget."""
