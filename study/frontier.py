@@ -88,7 +88,7 @@ def policy_at(study, method, b, seed):
         return rule_at(study.families, method.removeprefix('skip, '), mean_k, around=mean_k)
     trained_at = b if method in ('soft', 'ada-k') else BUDGET
     changes = PUBLISHED if method == 'published' else {}
-    return study.ada_k(method.removesuffix(', dialled'), trained_at, seed, b, **changes)
+    return study.ada_k(method.removesuffix(', dialled'), b, budget=trained_at, seed=seed, **changes)
 
 
 # ================================================================ table and figure, of bases.py too

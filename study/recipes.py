@@ -83,14 +83,13 @@ def main(argv=None):
     p.add_argument('--published', action='store_true', help='the published recipe, short and at full length')
     a = p.parse_args(argv)
     study = open_study(a, 'recipes')
-    s = study.s
     recipes = published if a.published else ablations
     rows = []
-    for what, changes in recipes(s).items():
+    for what, changes in recipes(study.s).items():
         of = study
         if changes.keys() & FITTED:
-            of = Study(replace(s, **changes), Path(a.run), f'recipes-{what}')
-        measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, s.seed, **changes))
+            of = Study(replace(study.s, **changes), Path(a.run), f'recipes-{what}')
+        measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, budget=BUDGET, **changes))
         row, _ = of.row([measurement])
         rows.append({'what': what, **row})
         write_json(study.folder / f'{recipes.__name__}.json', {'rows': rows})

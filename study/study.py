@@ -85,25 +85,25 @@ class Study:
         """The mean k of a budget."""
         return standins.target_k(replace(self.s, budget=budget), self.model.config)
 
-    def ada_k(self, kind, trained_at, seed, budget=BUDGET, **changes):
-        """Ada-K for a budget, by allocators from the folder or trained now at the budget `trained_at`.
+    def ada_k(self, kind, dialled_to, **changes):
+        """Ada-K dialled to a budget, by allocators from the folder or trained now.
 
-        kind: its name in the folder; 'soft' is learnt without RL. changes: to the run's Settings.
+        kind: its name in the folder; 'soft' is learnt without RL. changes: to the run's Settings, among them
+        the budget that it is trained for.
         """
-        path = self.folder / f'{kind}-{trained_at}-seed{seed}.safetensors'
+        s = replace(self.s, **changes)
+        path = self.folder / f'{kind}-{s.budget}-seed{s.seed}.safetensors'
         if not path.exists():
             print(f'training {path.stem}', flush=True)
-            s = replace(self.s, budget=trained_at, seed=seed, **changes)
             allocators, price = new_allocators(s, self.model, self.text, self.families)
             train = train_soft if kind == 'soft' else train_ppo
             train(s, self.model, allocators, price, self.text, log=[])
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)
-        allocators.to(self.s.device)
-        policy_of = partial(AdaK, allocators)                  # of a price
-        most = 5 if budget == trained_at else DEAREST                       # dialled far, it may need all
-        return calibrate(self.model, self.families.windows, policy_of, self.target(budget), most, -most)
+        policy_of = partial(AdaK, allocators.to(s.device))     # of a price
+        most = 5 if dialled_to == s.budget else DEAREST        # dialled far, it may need all
+        return calibrate(self.model, self.families.windows, policy_of, self.target(dialled_to), most, -most)
 
     def row(self, measurements):
         """A row of [(loss, counts), ..], the mean over seeds, and its loss minus that of top-k, (n,) float64.
