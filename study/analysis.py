@@ -136,7 +136,7 @@ def analysis_figure(path, r):
     save_figure(fig, path)
 
 
-def main(argv=None):
+def main(argv):
     a = parser(__doc__).parse_args(argv)
     study = open_study(a, 'analysis')
     policy = trained_policy(a.run, study.model.config, study.digest, study.s.device)

@@ -41,7 +41,7 @@ def columns(results):
     }
 
 
-def main(argv=None):
+def main(argv):
     p = OneLineParser(__doc__)
     p.add_argument('--only', nargs='+', choices=BASES, default=BASES, help='some of the bases')
     a = p.parse_args(argv)

@@ -144,7 +144,7 @@ def show(columns, path):
     print(f'wrote {path.parent}')
 
 
-def main(argv=None):
+def main(argv):
     study = open_study(parser(__doc__).parse_args(argv), 'frontier', beyond=1)
     results = measure(study, BUDGETS)
     write_json(study.folder / 'frontier.json', results)

@@ -78,7 +78,7 @@ def recipe_table(results):
     return markdown(['recipe', 'minus top-k (10⁻³ nats/token)', 'mean k'], lines)
 
 
-def main(argv=None):
+def main(argv):
     p = parser(__doc__)
     p.add_argument('--published', action='store_true', help='the published recipe, short and at full length')
     a = p.parse_args(argv)
