@@ -213,11 +213,11 @@ def rollout_reward(s, model, inputs, targets, rollout):
     return reward[1:], reward[0]
 
 
-def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
+def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_step=ppo_step):
     """PPO from a first price. Appends one dict per step to `log`; changes `allocators` in place.
 
     state: a file that holds the run's state after every s.save_every steps and on an interrupt, for --resume;
-    facts: what it depends on (run/state.py).
+    facts: what it depends on (run/state.py). one_step: ppo_step, or another with its arguments.
     """
     L = len(model.config.moe_layers)
     rank, size = ranks()
@@ -238,7 +238,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}):
             noise = torch.rand(L, s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
             noise = noise.chunk(size, dim=2)[rank].flatten(1)               # (L,G*P)
             price = next_price(s, first, log, model.config)
-            row = ppo_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
+            row = one_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             last = step == s.ppo_steps
             log.append(row)
             tokens = step * s.group * s.ppo_batch * s.seq

@@ -16,7 +16,7 @@ from run.console import one_line_errors
 from run.report import markdown, plt, save_figure
 from run.rules import FAMILIES, best_family, rule_at, worth_of_an_expert
 from scale.memory import allocator_sizes
-from study.study import BUDGET, PUBLISHED, open_study, parser, thousandths
+from study.study import BUDGET, PUBLISHED, SOFT, open_study, parser, thousandths
 
 BUDGETS = 1.0, 0.9, 0.75, 0.6
 SEEDS = 1               # of what is trained
@@ -87,7 +87,7 @@ def policy_at(study, method, b, seed):
         mean_k = study.target(b)
         return rule_at(study.families, method.removeprefix('skip, '), mean_k, around=mean_k)
     trained_at = b if method in ('soft', 'ada-k') else BUDGET
-    changes = PUBLISHED if method == 'published' else {}
+    changes = {'published': PUBLISHED, 'soft': SOFT}.get(method, {})
     return study.ada_k(method.removesuffix(', dialled'), b, budget=trained_at, seed=seed, **changes)
 
 

@@ -13,11 +13,10 @@ from base.frozen import base_folder
 from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError
-from run.console import Progress, open_model_flags
+from run.console import open_model_flags
 from run.state import trained_policy
-from train import next_price, settings_of
+from train import settings_of
 
-SOFT_LR = 3e-2
 DECISIVE = 3e-4         # price of entropy at the end, nats: a mixture must become a choice
 
 
@@ -50,36 +49,29 @@ class SoftMixture(TopK):
         return ids, weights, left
 
 
-def train_soft(s, model, allocators, first, text, log):
-    """The comparison without RL: PPO's start, objective and price, learnt through `SoftMixture`.
+def soft_step(s, step, model, allocators, optimizer, batch, noise, price, entropy):
+    """One step of the comparison without RL: PPO's objective, learnt through `SoftMixture` -> its statistics.
 
-    Arguments as of train.py:train_ppo.
+    In the place of train.py:ppo_step, with its arguments; noise and entropy are of no use here.
     """
-    steps = s.ppo_steps
-    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
-    optimizer = torch.optim.AdamW(allocators.parameters(), SOFT_LR)
-    progress = Progress('soft mixture', steps)
+    inputs, _, _ = batch                                                    # (B,T)
+    mixture = SoftMixture(allocators)
+    teacher = model(inputs, TopK(allocators.k_max))                         # (B,T,V)
+    change = model(inputs, mixture) - teacher
+    reward = ppo.expected_gain(change, teacher).mean()
+    pi = torch.stack(mixture.steps)                                         # (L,P,A)
     k = torch.arange(1.0, allocators.k_max + 1, device=s.device)            # (A,)
-    for step in range(1, steps + 1):
-        inputs = next(batches)[0].to(s.device)                              # (B,T)
-        mixture = SoftMixture(allocators)
-        teacher = model(inputs, TopK(allocators.k_max))                     # (B,T,V)
-        change = model(inputs, mixture) - teacher
-        reward = ppo.expected_gain(change, teacher).mean()
-        pi = torch.stack(mixture.steps)                                     # (L,P,A)
-        mean_k = (pi @ k).mean()
-        entropy = torch.special.entr(pi).sum(-1).mean()
-        decisive = DECISIVE * min(1, 2 * step / steps)
-        price = next_price(s, first, log, model.config)
-        of_layer = price * mean_k + decisive * entropy
-        loss = len(pi) * of_layer - reward
-        optimizer.param_groups[0]['lr'] = SOFT_LR * (1 - (step - 1) / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        argmax_k = (1 + pi.argmax(-1)).float().mean()
-        log.append({'argmax_k': argmax_k.item()})
-        progress(step, step * inputs.numel(), **log[-1])
+    mean_k = (pi @ k).mean()
+    spread = torch.special.entr(pi).sum(-1).mean()
+    decisive = DECISIVE * min(1, 2 * step / s.ppo_steps)
+    of_layer = price * mean_k + decisive * spread
+    loss = len(pi) * of_layer - reward
+    optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    argmax_k = (1 + pi.argmax(-1)).float().mean()
+    return {'loss': loss.item(), 'argmax_k': argmax_k.item()}
 
 
 # ================================================================ policies by name

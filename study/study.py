@@ -19,12 +19,13 @@ from run.console import OneLineParser, model_flags, open_model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import check_ranks, gathered
 from run.start import new_allocators, prepare
-from study.policies import train_soft
-from train import PAPER, settings_of, train_ppo
+from study.policies import soft_step
+from train import PAPER, ppo_step, settings_of, train_ppo
 
 BUDGET = 0.75           # where one budget is enough
 DEAREST = 100           # price in nats at which Ada-K runs 1 expert; at its negative, all that it may
 PUBLISHED = {**PAPER, 'paper': True, 'price': None}      # the price that meets a budget
+SOFT = {'ppo_lr': 3e-2, 'weight_decay': 1e-2}               # learnt without RL
 # settings that may differ between two starts of a study
 FREE = 'out preset budget price seed device ckpt stream save_every'.split()
 
@@ -96,8 +97,8 @@ class Study:
         if not path.exists():
             print(f'training {path.stem}', flush=True)
             allocators, price = new_allocators(s, self.model, self.text, self.families)
-            train = train_soft if kind == 'soft' else train_ppo
-            train(s, self.model, allocators, price, self.text, log=[])
+            one_step = soft_step if kind == 'soft' else ppo_step
+            train_ppo(s, self.model, allocators, price, self.text, log=[], one_step=one_step)
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)

@@ -11,7 +11,8 @@ from hub.files import InputError
 from run.evaluate import evaluate
 from run.rules import SkipFamilies, look, worth_of_an_expert
 from run.start import new_allocators
-from study.policies import SoftMixture, rule, train_soft
+from study.policies import SoftMixture, rule, soft_step
+from study.study import SOFT
 from train import Settings, rollout_reward, train_ppo
 
 
@@ -59,8 +60,8 @@ def test_learning_without_rl_follows_the_price(price, least, most):
     model = random_model(tiny_config())
     allocators = Allocators(model.config, 4, True)
     allocators.bias.data[:, 2] = 0.5                           # starts at k = 3
-    s = Settings(seq=16, ppo_batch=4, ppo_steps=20)
-    train_soft(s, model, allocators, price, random_text(4000), log=[])
+    s = Settings(seq=16, ppo_batch=4, ppo_steps=20, **SOFT)
+    train_ppo(s, model, allocators, price, random_text(4000), log=[], one_step=soft_step)
     [(_, tally)] = evaluate(model, random_text(600).windows(16), [AdaK(allocators)])
     assert least <= tally.mean() <= most
 
