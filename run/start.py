@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import run.standins as standins
-from allocator import Allocators, find_knob, mass_labels
+from allocator import find_knob, mass_labels
 from run.console import Progress
 from run.rules import SkipFamilies, best_family, look, worth_of_an_expert
-from scale.memory import allocator_sizes
+from scale.memory import empty_allocators
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
 X_SCALE = 2.0           # divides the extended inputs' x: the larger, the slower x is learnt from
@@ -45,8 +45,7 @@ def new_allocators(s, model, text, families):
     text: the training split, to look at; families: run/rules.py:SkipFamilies of the model.
     """
     config = model.config
-    k_max, _ = allocator_sizes(s, config)
-    allocators = Allocators(config, k_max, s.extended).to(s.device)
+    allocators = empty_allocators(s, config).to(s.device)
     generator = torch.Generator().manual_seed(s.seed)
     batches = text.batches(s.ppo_batch, s.seq, generator)
     mean_k = first_k(s, config)

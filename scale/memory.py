@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from allocator import Allocators
 from hub.files import InputError
 from model import Transformer
 
@@ -38,18 +39,15 @@ def weight_bytes(config, itemsize, stream, size):
     return itemsize * (layers + rest)
 
 
-def allocator_sizes(s, config):
-    """(k_max, numbers that an allocator reads): as published N and C, by default K and C + N + K - 1.
+def empty_allocators(s, config):
+    """Allocators of the sizes of a run, all weights 0: as published for up to N experts, by default for K.
 
     The expected reward cannot be better than that of its teacher, so it has no use for more experts.
     """
     k_max = config.n_experts
     if s.reward == 'expected':
         k_max = min(k_max, config.top_k + s.beyond)
-    n_in = config.dim
-    if s.extended:
-        n_in += config.n_experts + config.top_k - 1
-    return k_max, n_in
+    return Allocators(config, k_max, s.extended)
 
 
 def working_bytes(s, config, itemsize):
@@ -58,11 +56,11 @@ def working_bytes(s, config, itemsize):
     What a rollout keeps for the update, hidden states, and the larger of one pass's experts and logits.
     """
     c = config
-    k_max, n_in = allocator_sizes(s, c)
+    L, k_max, n_in = empty_allocators(s, c).weight.shape
     sampled = s.group * s.ppo_batch * s.seq                    # tokens
     tokens = sampled + s.ppo_batch * s.seq
     # of every layer and token z; k, logp and noise. Of the layer that learns z in fp32, logits and gradients
-    states = len(c.moe_layers) * sampled * (itemsize * n_in + 16)
+    states = L * sampled * (itemsize * n_in + 16)
     states += sampled * (4 * n_in + 40 * k_max)
     hidden = 3 * tokens * c.dim * itemsize
     of_token = (c.top_k + s.beyond) * (2 * c.dim + 3 * c.expert_dim) + 3 * c.dim

@@ -20,7 +20,7 @@ from run.console import check_budget, one_line_errors
 from run.report import markdown
 from run.rules import SEARCH_TOKENS
 from run.timing import rates
-from scale.memory import allocator_sizes, weight_bytes, weight_counts, working_bytes
+from scale.memory import empty_allocators, weight_bytes, weight_counts, working_bytes
 from train import parse
 
 # bf16 matmul FLOP/s and host-to-device bytes/s, half and four fifths of the published ones
@@ -36,13 +36,11 @@ SWEEPS = 30             # over the held-out tokens: the search, calibrations and
 def run_flops(s, config):
     """FLOPs of a run with --ckpt: start, PPO, evaluation."""
     tokens = s.ppo_batch * s.seq
-    L = len(config.moe_layers)
-    k_max, n_in = allocator_sizes(s, config)
     topk = flops(config, config.top_k, s.seq)['total']                      # of a token
     mean_k = config.top_k * (s.budget if s.price is None else 1)
     fewer = flops(config, mean_k, s.seq)['total']
-    update = 6 * s.epochs * s.group * L * k_max * n_in
-    looked_at = START_SWEEPS * L * SEARCH_TOKENS
+    update = 6 * s.epochs * s.group * empty_allocators(s, config).weight.numel()
+    looked_at = START_SWEEPS * len(config.moe_layers) * SEARCH_TOKENS
     if s.start == 'p-warm':
         looked_at = s.warm_steps * tokens
     start = looked_at * topk
@@ -68,12 +66,11 @@ def plan(s, machines):
     for name, (rate, transfer) in machines.items():
         seconds = max(work / rate, sweeps * itemsize * layers / transfer)
         hours[name] = seconds / 3600
-    k_max, n_in = allocator_sizes(s, config)
     return {
         'ckpt': s.ckpt,
         'bytes': itemsize * (layers + rest),
         'layer_bytes': itemsize * layer,
-        'allocators': len(config.moe_layers) * k_max * (n_in + s.extended),
+        'allocators': empty_allocators(s, config).n_params(),
         'memory': memory,
         'flops': work,
         'hours': hours,

@@ -15,7 +15,7 @@ from model import Transformer
 from run.console import one_line_errors
 from run.report import markdown, plt, save_figure
 from run.rules import FAMILIES, best_family, rule_at, worth_of_an_expert
-from scale.memory import allocator_sizes
+from scale.memory import empty_allocators
 from study.study import BUDGET, PUBLISHED, SOFT, open_study, parser, thousandths
 
 BUDGETS = 1.0, 0.9, 0.75, 0.6
@@ -62,8 +62,8 @@ def rows_at(study, b, methods):
     free = f'skip, {best_family(study.families, mean_k)}'      # chosen on training text
     # nats of an expert more in every layer
     worth = study.families.L * worth_of_an_expert(study.families, mean_k)
-    k_max, n_in = allocator_sizes(study.s, c)
-    own = 2 * k_max * n_in / (6 * c.dim * c.expert_dim)        # what an allocator costs, in experts
+    allocator = empty_allocators(study.s, c).weight[0]
+    own = 2 * allocator.numel() / (6 * c.dim * c.expert_dim)   # what an allocator costs, in experts
     ada = rows['ada-k']
     for name, method in ('best_free', free), ('soft', 'soft'):
         if method in rows:

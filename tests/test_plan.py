@@ -7,13 +7,13 @@ import torch
 import scale.memory
 import scale.plan
 import train
-from allocator import Allocators, Rollout
+from allocator import Rollout
 from conftest import ROOT, refusal, tiny_config
 from hub.checkpoint import load
 from hub.config import PUBLISHED, from_hf
 from hub.files import InputError
 from moe_dispatch import flops
-from scale.memory import allocator_sizes, check_memory, weight_counts, working_bytes
+from scale.memory import check_memory, empty_allocators, weight_counts, working_bytes
 from scale.plan import plan
 from test_published import HUB
 from train import Settings
@@ -48,8 +48,8 @@ def test_plan_of_mixtral_by_hand():
 def test_bytes_of_a_rollout_are_what_is_taken():
     config = tiny_config()
     s = Settings(group=3, ppo_batch=5, seq=7)
-    k_max, n_in = allocator_sizes(s, config)
-    allocators = Allocators(config, k_max, s.extended)
+    allocators = empty_allocators(s, config)
+    _, k_max, n_in = allocators.weight.shape
     rollout = Rollout(allocators, torch.rand(3, 3 * 5 * 7), torch.float)
     kept = sum(t.nbytes for t in (rollout.z, rollout.k, rollout.logp, rollout.noise))
     update = 3 * 5 * 7 * (4 * n_in + 40 * k_max)               # of one layer
