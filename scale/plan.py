@@ -4,9 +4,9 @@
     python -m scale.plan --ckpt mixtral-8x7b --paper --seq 2048
 
 Memory is counted (scale/memory.py), and so are the FLOPs of PPO. The search for the start and the evaluation
-are taken as a handful of sweeps over their text. Hours are FLOPs over a matmul rate, or the time to transfer
-the layers where that is longer. Of GPUs these rates are the shares of the published ones that real code
-reaches; of this machine a matmul is timed, and transfers are taken as free.
+are taken as a handful of sweeps over the held-out tokens. Hours are FLOPs over a matmul rate, or the time to
+transfer the layers where that is longer. Of GPUs these rates are the shares of the published ones that real
+code reaches; of this machine a matmul is timed, and transfers are taken as free.
 """
 import math
 
@@ -18,7 +18,6 @@ from hub.files import InputError
 from moe_dispatch import flops
 from run.console import check_budget, one_line_errors
 from run.report import markdown
-from run.rules import SEARCH_TOKENS
 from run.timing import rates
 from scale.memory import empty_allocators, weight_bytes, weight_counts, working_bytes
 from train import parse
@@ -29,24 +28,20 @@ GPUS = {
     'H100': (494.5e12, 51.2e9),
 }
 HOW = {'plain': 1, 'stream': 1, 'shard': 8}             # where the weights are: ranks
-START_SWEEPS = 4        # over SEARCH_TOKENS, for each layer
-SWEEPS = 30             # over the held-out tokens: the search, calibrations and the comparison
+SWEEPS = 32             # over the held-out tokens: search, stand-ins, calibrations, comparison
 
 
 def run_flops(s, config):
-    """FLOPs of a run with --ckpt: start, PPO, evaluation."""
+    """FLOPs of a run with --ckpt: PPO, and what is looked at before and after."""
     tokens = s.ppo_batch * s.seq
     topk = flops(config, config.top_k, s.seq)['total']                      # of a token
     mean_k = config.top_k * (s.budget if s.price is None else 1)
     fewer = flops(config, mean_k, s.seq)['total']
     update = 6 * s.epochs * s.group * empty_allocators(s, config).weight.numel()
-    looked_at = START_SWEEPS * len(config.moe_layers) * SEARCH_TOKENS
+    looked_at = SWEEPS * s.heldout_tokens
     if s.start == 'p-warm':
-        looked_at = s.warm_steps * tokens
-    start = looked_at * topk
-    ppo = s.ppo_steps * tokens * (topk + s.group * fewer + update)
-    evaluation = SWEEPS * s.heldout_tokens * fewer
-    return start + ppo + evaluation
+        looked_at += s.warm_steps * tokens
+    return looked_at * topk + s.ppo_steps * tokens * (topk + s.group * fewer + update)
 
 
 def plan(s, machines):
@@ -88,11 +83,15 @@ def plan_table(plans):
     head += [f'hours, `--stream`, {name}' for name in plans[0]['hours']]
     lines = []
     for p in plans:
-        line = [p['ckpt'], gb(p['bytes']), gb(p['layer_bytes']), f'{p["allocators"] / 1e6:.2f}M']
-        line += map(gb, p['memory'].values())
-        line.append(f'{p["flops"]:.1e}')
-        line += [f'{h:.2g}' for h in p['hours'].values()]
-        lines.append(line)
+        lines.append([
+            p['ckpt'],
+            gb(p['bytes']),
+            gb(p['layer_bytes']),
+            f'{p["allocators"] / 1e6:.2f}M',
+            *map(gb, p['memory'].values()),
+            f'{p["flops"]:.1e}',
+            *[f'{h:.2g}' for h in p['hours'].values()],
+        ])
     return markdown(head, lines)
 
 
