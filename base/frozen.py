@@ -118,7 +118,7 @@ def load_model(s, folder, learns=False):
     if s.stream and size > 1:
         raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
     working = working_bytes(s, config, dtype.itemsize) // size if learns else 0
-    pinned = check_memory(s, config, dtype.itemsize, size, working)
+    check_memory(s, config, dtype.itemsize, size, working)
     # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape in every batch:
     # gigabytes
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
@@ -130,5 +130,5 @@ def load_model(s, folder, learns=False):
     if size > 1:
         return shard(folder, dtype, s.device, show)
     if s.stream:
-        return stream(folder, dtype, s.device, pinned, show)
+        return stream(folder, dtype, s.device, show)
     return load(folder, dtype, s.device, show)

@@ -71,8 +71,8 @@ def working_bytes(s, config, itemsize):
 
 
 def free_memory(device):
-    """Bytes that this process may still take on a device."""
-    if device.type == 'cuda':
+    """Bytes that this process may still take on a device, by its name."""
+    if device.startswith('cuda'):
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path('/proc/meminfo')
     if not meminfo.exists():                                   # macOS tells only what the machine has
@@ -82,18 +82,11 @@ def free_memory(device):
 
 
 def check_memory(s, config, itemsize, size, working):
-    """InputError if the weights as wanted and `working` bytes do not fit on s.device; size: ranks.
-
-    Returns whether all layers of a streamed model can be page-locked in host memory.
-    """
-    device = torch.device(s.device)
+    """InputError if the weights as wanted and `working` bytes do not fit on s.device; size: ranks."""
     need = working + weight_bytes(config, itemsize, s.stream, size)
-    free = free_memory(device)
+    free = free_memory(s.device)
     if need > free:
         raise InputError(
             f'memory: {s.device} has {free / 1e9:.1f} GB free, this run needs {need / 1e9:.1f} GB, '
             f'{working / 1e9:.1f} of them beside the weights; '
             f'--stream, a smaller --ppo-batch or --seq need less')
-    _, layers, _ = weight_counts(config)
-    fits = itemsize * layers + 4e9 < free_memory(torch.device('cpu'))
-    return s.stream and device.type == 'cuda' and fits

@@ -5,7 +5,6 @@ is, and the next one is being transferred. All passes of a step share one sweep 
 so with enough tokens the transfer takes no longer than computing. The logits are those of the loaded model to
 the last bit.
 """
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,6 +12,9 @@ import torch
 from hub.checkpoint import hub_tensors, open_checkpoint
 from hub.safetensors import read_into
 from model import Transformer
+from scale.memory import free_memory
+
+ALIGNED = 128   # numbers: every weight in a flat buffer begins where its kernels want it
 
 
 class LayerByLayer(Transformer):
@@ -57,57 +59,50 @@ class Streamed(LayerByLayer):
     layer i.
     """
     tokens_per_visit = 2 ** 16     # of Mixtral-8x7B: an H100 computes on them longer than a layer's transfer
+    pinned = False                 # are all layers in page-locked memory?
+    side = None                    # the stream on which a GPU gets them
 
-    def prepare(self, layouts, dtype, device, pinned, progress):
-        """Take the buffers and read what is not streamed.
-
-        layouts: as hub/checkpoint.py:open_checkpoint. pinned: keep all layers in page-locked memory.
-        """
+    def prepare(self, layouts, device, progress):
+        """Take the buffers and read what is not streamed. layouts: as hub/checkpoint.py:open_checkpoint."""
         self.layouts = layouts
-        self.pinned = pinned
         self.thread = ThreadPoolExecutor(1)
         n = len(self.layers)
         size = max(map(flat_size, self.layers))
-        self.buffers = torch.empty(2, size, dtype=dtype, device=device)
+        self.buffers = torch.empty(2, size, dtype=self.dtype, device=device)
         self.host = self.buffers                               # on a CPU the files are read into the buffers
-        self.side = None
-        if device.type == 'cuda':
-            buffers = range(n if pinned else 2)
-            self.host = [torch.empty(size, dtype=dtype, pin_memory=True) for _ in buffers]
+        if self.buffers.is_cuda:
+            self.pinned = n * self.buffers[0].nbytes + 4e9 < free_memory('cpu')
+            buffers = range(n if self.pinned else 1)
+            self.host = [torch.empty(size, dtype=self.dtype, pin_memory=True) for _ in buffers]
             self.side = torch.cuda.Stream(device)
         for module in self.embed_tokens, self.norm, self.lm_head:
             module.to_empty(device=device)
         self.tie()
-        # where the files' tensors go: {layer, or None: {hub name: view}}
+        # where the files' tensors go: {hub name: view}
         lay_out(self.layers, self.host)
-        self.views = defaultdict(dict)
-        for name, view in hub_tensors(self).items():
-            layer = int(name.split('.')[2]) if name.startswith('model.layers.') else None
-            self.views[layer][name] = view
+        self.views = hub_tensors(self)
         lay_out(self.layers, self.buffers)
-        self.read(None)
-        if pinned:
+        self.read('model.embed_tokens.', 'model.norm.', 'lm_head.')
+        if self.pinned:
             for i in range(n):
-                self.read(i)
+                self.read(f'model.layers.{i}.')
                 progress(i + 1, n)
 
-    def read(self, layer):
-        """Fill the views of a layer, or with None what is not streamed, from the files."""
-        views = self.views[layer]
+    def read(self, *starts):
+        """Fill the views whose hub names start so from the files."""
+        views = {name: view for name, view in self.views.items() if name.startswith(starts)}
         for path, layout in self.layouts.items():
-            if views.keys() & layout.keys():
-                read_into(path, layout, views)
+            read_into(path, layout, views)
 
     def fetch(self, i):
         """In the reading thread: bring layer i into its buffer."""
         if not self.pinned:
-            if self.side:
-                self.side.synchronize()         # the host buffer has been copied, it may be written again
-            self.read(i)
+            self.read(f'model.layers.{i}.')
         if self.side:
             host = self.host[i % len(self.host)]
             with torch.cuda.stream(self.side):
-                self.buffers[i % 2].copy_(host, non_blocking=True)
+                # waits for the end where the host's only buffer will be written again
+                self.buffers[i % 2].copy_(host, non_blocking=self.pinned)
 
     def begin(self, i):
         """As LayerByLayer's; layer i may come once the device has done what it was asked to do so far.
@@ -126,14 +121,9 @@ class Streamed(LayerByLayer):
         return wait
 
 
-def padded(n):
-    """The next multiple of 128 numbers: every weight in a flat buffer is aligned as its kernels want it."""
-    return -(-n // 128) * 128
-
-
 def flat_size(layer):
-    """How many numbers a layer's weights take in a flat buffer."""
-    return sum(padded(p.numel()) for p in layer.parameters())
+    """How many numbers a layer's weights take in a flat buffer, at most."""
+    return sum(p.numel() + ALIGNED for p in layer.parameters())
 
 
 def lay_out(layers, buffers):
@@ -141,15 +131,14 @@ def lay_out(layers, buffers):
     for i, layer in enumerate(layers):
         flat = buffers[i % len(buffers)]
         views = {}
-        at = 0
         for name, p in layer.named_parameters():
-            views[name] = flat[at:at + p.numel()].view(p.shape)
-            at += padded(p.numel())
+            views[name] = flat[:p.numel()].view(p.shape)
+            flat = flat[-(-p.numel() // ALIGNED) * ALIGNED:]
         layer.load_state_dict(views, assign=True)
 
 
-def stream(folder, dtype=torch.float32, device='cpu', pinned=False, progress=lambda done, total: None):
-    """The frozen `Streamed` model in a folder. `pinned`: all layers in page-locked host memory, for CUDA."""
+def stream(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
+    """The frozen `Streamed` model in a folder: its layers in page-locked host memory, or in their files."""
     model, layouts = open_checkpoint(folder, dtype, Streamed)
-    model.prepare(layouts, dtype, torch.device(device), pinned, progress)
+    model.prepare(layouts, device, progress)
     return model

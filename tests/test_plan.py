@@ -64,8 +64,7 @@ def test_too_little_memory_is_said_before_loading(monkeypatch):
     args = PUBLISHED[MIXTRAL], 2, 1, int(1e9)
     with pytest.raises(InputError, match='cpu has 94.0 GB free, this run needs 94.4 GB, 1.0 of them beside'):
         check_memory(Settings(), *args)
-    pinned = check_memory(Settings(stream=True), *args)
-    assert not pinned                                          # there is no page-locking on a CPU
+    check_memory(Settings(stream=True), *args)
 
 
 @pytest.mark.parametrize('name', HUB)

@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+import scale.stream
 from allocator import TopK
 from conftest import GOLDEN, needs_cuda, random_ada_k, random_model, tiny_config
 from hub.checkpoint import load, save
@@ -43,10 +44,11 @@ def test_passes_share_a_sweep_and_change_nothing(checkpoint, monkeypatch):
     ]
     read = []
     real = streamed.read
-    monkeypatch.setattr(streamed, 'read', lambda layer: read.append(layer) or real(layer))
+    monkeypatch.setattr(streamed, 'read', lambda start: read.append(start) or real(start))
     for hidden, (tokens, policy) in zip(streamed.hidden_of(passes), passes):
         assert torch.equal(hidden, plain.hidden(tokens, policy))
-    assert read == [0, 1, 2, 3, 4]                             # each layer once
+    assert read == [f'model.layers.{i}.' for i in range(5)]    # each layer once
+    assert not streamed.pinned                                 # there is no page-locking on a CPU
 
 
 def test_memory_of_two_layers(checkpoint, monkeypatch):
@@ -73,10 +75,12 @@ def test_a_file_that_shrinks_while_it_is_streamed(checkpoint):
 
 @torch.no_grad()
 @needs_cuda
-def test_streamed_logits_on_cuda(checkpoint):
+def test_streamed_logits_on_cuda(checkpoint, monkeypatch):
     tokens = torch.randint(50, (3, 9), device='cuda')
     logits = load(checkpoint, torch.bfloat16, 'cuda')(tokens)
-    for pinned in (True, False):
-        streamed = stream(checkpoint, torch.bfloat16, 'cuda', pinned)
+    for free in (1e12, 0):
+        monkeypatch.setattr(scale.stream, 'free_memory', lambda device: free)
+        streamed = stream(checkpoint, torch.bfloat16, 'cuda')
+        assert streamed.pinned == (free > 0)
         for _ in range(20):
             assert torch.equal(streamed(tokens), logits)
