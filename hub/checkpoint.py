@@ -86,7 +86,8 @@ def weights_digest(tensors):
     """Which base model is this? The sha256 of some of its weights, as hexadecimal digits.
 
     tensors: of every MoE layer in order the router (N,C), then the first rows of all experts' output matrices
-    (N,F). In bfloat16, so that a model that is loaded wider or narrower than it was saved is the same.
+    (N,F), or one of them after the other. In bfloat16, so that a model that is loaded wider or narrower than
+    it was saved is the same.
     """
     digest = hashlib.sha256()
     for t in tensors:
@@ -97,29 +98,25 @@ def weights_digest(tensors):
 def base_digest(folder):
     """`weights_digest` of the files of a checkpoint, of which only these weights are read."""
     c = read_config(folder)
-    weights = []
     views = {}
     for layer in c.moe_layers:
-        router = torch.zeros(c.n_experts, c.dim)
-        rows = torch.zeros(c.n_experts, c.expert_dim)
-        weights += [router, rows]
         block = hub_name(f'layers.{layer}.mlp.', c)
-        views[f'{block}gate.weight'] = router
-        for n, row in enumerate(rows):
-            views[expert_names(block, n, c)[2]] = row
+        views[f'{block}gate.weight'] = torch.zeros(c.n_experts, c.dim)
+        for n in range(c.n_experts):
+            views[expert_names(block, n, c)[2]] = torch.zeros(c.expert_dim)
     for path in weight_files(folder):
         layout, _ = read_header(path)
         read_into(path, layout, views)
-    return weights_digest(weights)
+    return weights_digest(views.values())
 
 
 # ================================================================ the hub's names for our weights
 
 def hub_name(name, config):
     """The hub's name of one of our parameters."""
-    shared = '.shared_experts.' if config.model_type == 'deepseek' else '.shared_expert.'
-    name = name.replace('.mlp.router.', '.mlp.gate.').replace('.shared_gate.', '.shared_expert_gate.')
-    name = name.replace('.shared.', shared)
+    # of one expert or several, and of their gate
+    shared = '.shared_experts' if config.model_type == 'deepseek' else '.shared_expert'
+    name = name.replace('.mlp.router.', '.mlp.gate.').replace('.shared', shared)
     if config.model_type == 'mixtral':
         name = name.replace('.mlp.', '.block_sparse_moe.')
     return name if name == HEAD else f'model.{name}'

@@ -32,9 +32,8 @@ def shard(folder, dtype, device, progress=lambda done, total: None):
     for layout in layouts.values():
         for name in views.keys() & layout.keys():
             dtype, shape, begin, stop = layout[name]
-            mine = list(views[name].shape)
-            if mine != shape:                                  # some rows of this tensor
+            if len(views[name]) < shape[0]:                    # this rank's rows begin further behind
                 row = (stop - begin) // shape[0]               # bytes
                 begin += row * first_row(shape[0], mesh)
-                layout[name] = dtype, mine, begin, begin + row * mine[0]
+                layout[name] = dtype, shape, begin, stop
     return fill(model, layouts, device, progress)
