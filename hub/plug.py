@@ -97,7 +97,7 @@ def digest_weights(blocks):
 def weight_of(module, name):
     """A weight of a module, also while accelerate keeps it on the disk or on the CPU (device_map)."""
     weight = getattr(module, name)
-    if weight.is_meta and hasattr(module, '_hf_hook'):
+    if weight.is_meta:
         weight = module._hf_hook.weights_map[name]
     return weight
 
@@ -106,7 +106,7 @@ def weight_of(module, name):
 
 class Pass(threading.local):
     """A pass through the model, of which each thread may have one."""
-    real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: no pass yet
+    real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: not known
     standing_in = None              # what the block that runs must still add, (P,C)
     ended = None                    # which rows of its generate have ended, (B,) bool; None: none
 
@@ -139,20 +139,21 @@ class Tally(Counted):
         cache = given.get('past_key_values')
         past = cache.get_seq_length() if cache else 0
         real = real_tokens(x, given.get('attention_mask'), past)
+        ended = self.here.ended
         if real is None:
             warnings.warn('attach: a pass is not counted: its mask does not tell which tokens are padding')
             self.unsure += 1
-            real = torch.zeros(x.shape[:2], device=x.device)
-        ended = self.here.ended
-        if ended is not None and len(ended) == len(x):
-            real = real * ~ended[:, None]
+        else:
+            if ended is not None and len(ended) == len(x):
+                real = real & ~ended[:, None]
+            real = real.flatten().long()
+        self.here.real = real
         self.here.ended = None                                 # until generate looks again
-        self.here.real = real.flatten().long()
 
     def count(self, layer, x, probs, k):
         """Adds on the device of k (P,): no GPU waits for the host."""
         real = self.here.real
-        if real is not None:                                   # else a layer by itself, or backward's thread
+        if real is not None:                       # else a layer by itself, backward's thread, or not known
             with self.lock:
                 counts = self.by_layer[layer].to(k.device)
                 self.by_layer[layer] = counts.scatter_add(0, k, real.to(k.device))
@@ -213,7 +214,7 @@ def router_hook(layer, tally, how, stand_in, config):
     """
     def hook(router, args, outputs):
         logits, weights, _ = outputs
-        x = args[0].reshape(-1, args[0].shape[-1])                          # (P,C)
+        x = args[0]                                                         # (P,C)
         probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
         k = tally(layer, x, probs)                                          # (P,)
         ids, chosen, left = select(probs, k, tally.k_max, how)              # (P,width)
