@@ -133,7 +133,8 @@ def lay_out(layers, buffers):
         views = {}
         for name, p in layer.named_parameters():
             views[name] = flat[:p.numel()].view(p.shape)
-            flat = flat[-(-p.numel() // ALIGNED) * ALIGNED:]
+            taken = -(-p.numel() // ALIGNED) * ALIGNED
+            flat = flat[taken:]
         layer.load_state_dict(views, assign=True)
 
 
