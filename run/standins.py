@@ -222,16 +222,13 @@ class StandIns:
 
     def many(self, x, ids, left):
         """The same over exactly the choices that do not run, sorted by expert; one host sync."""
-        token, choice = torch.where(left > 0)                               # (rows,) both
-        expert, order = ids[token, choice].sort()
-        token = token[order]
-        choice = choice[order]
-        experts = torch.arange(len(self.A), device=ids.device)
-        ends = torch.searchsorted(expert, experts, right=True, out_int32=True)      # (N,)
-        share = left[token, choice, None].to(x.dtype)                       # (rows,1)
-        low = share * F.grouped_mm(x[token], self.A.mT, offs=ends)          # (rows,r)
+        share = self.shares(x, ids, left)                                   # (P,N)
+        dropped = share > 0
+        expert, token = torch.where(dropped.T)                              # (rows,) both
+        ends = dropped.sum(0).cumsum(0, dtype=torch.int32)                  # (N,) where an expert's rows end
+        low = share[token, expert, None] * F.grouped_mm(x[token], self.A.mT, offs=ends)     # (rows,r)
         out = F.grouped_mm(low, self.B.mT, offs=ends)                       # (rows,C)
-        return (self.shares(x, ids, left) @ self.b).index_add(0, token, out)
+        return (share @ self.b).index_add(0, token, out)
 
     def shares(self, x, ids, left):
         """`left` with a column for every expert, (P,N) in x's dtype."""
