@@ -96,7 +96,7 @@ def fit(s, model, inputs, policy):
     for name in layers[0]:
         fitted[name] = torch.stack([of_layer[name] for of_layer in layers]).cpu()
     if rank > 0:
-        poor = (fitted['A'] == 0).all((2, 3)) & (fitted['b'] != 0).any(2)   # (L,N)
+        poor = fitted['b'].any(2) & ~fitted['A'].any((2, 3))                # (L,N)
         if poor.any():
             print(f'stand-ins: too few tokens drop {poor.sum()} of the experts: their mean output stands in')
     return fitted
@@ -143,7 +143,7 @@ def fit_expert(moe, x, left, ids, n, rank):
     token, choice = torch.where((ids == n) & (left > 0))
     C = x.shape[1]
     weight = left[token, choice, None].double().square()                    # (rows,1)
-    weight = weight / weight.sum().clamp_min(1e-30)                         # there may be no row
+    weight = weight / weight.sum()
     X = x[token].double()
     Y = output(moe, n, x[token])
     mean_x = (weight * X).sum(0)
@@ -240,14 +240,14 @@ def of_layer(config, fitted, layer, like):
 
     The stand-ins get the device and dtype of the tensor `like`.
     """
-    if not fitted:
-        return Weighting.of(config), None
-    rho = fitted['rho'][layer].item()
-    eta = fitted['eta'][layer].item()
-    how = Weighting(config.top_k, config.norm_topk, rho, eta)
-    if 'A' not in fitted:
-        return how, None
-    return how, StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
+    how = Weighting.of(config)
+    stand_in = None
+    if fitted:
+        how.rho = fitted['rho'][layer].item()
+        how.eta = fitted['eta'][layer].item()
+        if 'A' in fitted:
+            stand_in = StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
+    return how, stand_in
 
 
 def use(model, fitted):
