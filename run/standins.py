@@ -88,13 +88,13 @@ def fit(s, model, inputs, policy):
         progress(layer + 1, None)
         if rank == 0:
             ids, g, _ = policy.select(probs, None, moe.weighting)           # (P,K) both
-            return {'rho': config.norm_topk * fit_rho(moe, x, g, ids)}
+            return [config.norm_topk * fit_rho(moe, x, g, ids)]
         ids, _, left = policy.select(probs, policy(layer, x, probs), moe.weighting)         # (P,width)
         maps = [fit_expert(moe, x, left, ids, n, rank) for n in range(config.n_experts)]
-        return {'rho': torch.zeros(()), **dict(zip('ABb', map(torch.stack, zip(*maps))))}
-    layers = look(model, inputs, fit_layer)
-    for name in layers[0]:
-        fitted[name] = torch.stack([of_layer[name] for of_layer in layers]).cpu()
+        return [torch.zeros(()), *map(torch.stack, zip(*maps))]
+    layers = look(model, inputs, fit_layer)                    # L of [rho] or [rho, A, B, b]
+    for name, of_layers in zip(('rho', 'A', 'B', 'b'), zip(*layers)):
+        fitted[name] = torch.stack(of_layers).cpu()
     if rank > 0:
         poor = fitted['b'].any(2) & ~fitted['A'].any((2, 3))                # (L,N)
         if poor.any():
