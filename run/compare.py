@@ -4,7 +4,6 @@ import torch
 from allocator import AdaK, TopK
 from run.console import Progress
 from run.evaluate import clustered_error, evaluate, flops_shares
-from run.rules import rule_at
 from run.standins import rank_in, refit
 
 RULES = 'random-mix', 'top-p', 'skip'
@@ -21,7 +20,7 @@ def compare(s, model, text, allocators, families, windows, target):
     [(_, tally)] = evaluate(model, families.windows, [policies['ada-k']])
     mean_k = tally.mean()
     for name in RULES:
-        policies[name] = rule_at(families, name, mean_k, around=target or mean_k)
+        policies[name] = families.rule_at(name, mean_k, around=target or mean_k)
     rows = []
     progress = Progress('evaluation', len(policies))
     for method, policy in policies.items():

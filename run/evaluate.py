@@ -70,7 +70,7 @@ def rewards(model, hidden, targets, expected):
     The log-probability of targets (P,), or with `expected` its mean under hidden[0], less that of hidden[0]
     itself (ppo.py:expected_gain). The head runs on a few tokens at a time.
     """
-    few = max(1, LOGITS // (len(hidden) * model.config.n_vocab))            # tokens
+    few = LOGITS // (len(hidden) * model.config.n_vocab)                    # tokens
     found = []
     for h, y in zip(hidden.split(few, dim=1), targets.split(few)):
         if expected:
@@ -101,11 +101,9 @@ def clustered_error(delta, document):
     The larger of two: of documents, and of parts of documents, since few documents say little about how
     documents differ. `document` (n,): the number of each token's document, one document behind another.
     """
-    _, begins, number = np.unique(document, return_index=True, return_inverse=True)
-    place = np.arange(len(delta)) - begins[number]             # of a token in its document
+    place = np.arange(len(delta)) - document.searchsorted(document)        # of a token in its document
     part = place * BLOCKS // len(delta)                        # 0..BLOCKS-1
-    _, number_of_part = np.unique(number * BLOCKS + part, return_inverse=True)
-    return max(jackknife(delta, number), jackknife(delta, number_of_part))
+    return max(jackknife(delta, document), jackknife(delta, document * BLOCKS + part))
 
 
 def jackknife(delta, cluster):
@@ -114,11 +112,11 @@ def jackknife(delta, cluster):
     The last factor is about that of Student's distribution: with m = 2 or 5 clusters, too, plus or minus two
     errors are to hold the truth as often as with many.
     """
-    sizes = np.bincount(cluster)                                            # (m,)
+    _, number, sizes = np.unique(cluster, return_inverse=True, return_counts=True)      # (n,) and (m,)
     m = len(sizes)
     if m == 1:
         return 0.0
-    sums = np.bincount(cluster, weights=delta - delta.mean())
+    sums = np.bincount(number, weights=delta - delta.mean())                # (m,)
     moves = sums / (len(delta) - sizes)
     return math.sqrt((m - 1) / m * (moves ** 2).sum()) * (m + 1) / (m - 1)
 
@@ -126,7 +124,7 @@ def jackknife(delta, cluster):
 def effective_documents(document):
     """As how many documents of equal length these count: (sum of lengths)^2 / sum of their squares."""
     sizes = np.unique(document, return_counts=True)[1]
-    return float(sizes.sum() ** 2 / (sizes ** 2).sum())
+    return sizes.sum() ** 2 / (sizes ** 2).sum()
 
 
 def bits_per_byte(nats, windows, tokenizer):

@@ -8,7 +8,7 @@ Each is a family of policies with one knob, mean k. Which is best is measured on
 expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
 import itertools
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -32,8 +32,6 @@ class SkipFamilies:
         self.K = model.config.top_k
         self.L = len(model.config.moe_layers)
         self.windows = windows
-        self.steps = {}                                        # {around: what the steps of each layer cost}
-        self.best = {}                                         # {mean k: the name of the best family there}
 
         def ratios(layer, x, probs):
             return tail_ratios(probs.topk(self.K).values)
@@ -41,6 +39,9 @@ class SkipFamilies:
         self.tails = torch.stack(look(model, windows[0], ratios)).cpu()     # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
+        # at every mean k measured once
+        self.steps_down = cache(self.steps_down)
+        self.best_family = cache(self.best_family)
 
     def policy(self, family, mean_k, around=None):
         """A Skip whose mean k is near mean_k.
@@ -61,9 +62,7 @@ class SkipFamilies:
         All layers start at K; the cheapest next step of any layer is taken until the mean is reached, the
         last one in part.
         """
-        if around not in self.steps:
-            self.steps[around] = self.steps_down(around)
-        steps = self.steps[around]
+        steps = self.steps_down(around)
         size = self.levels[0] - self.levels[1]                 # of a step, in experts
         taken = [0] * self.L
         left = self.L * (self.K - mean_k) / size               # steps to take
@@ -119,6 +118,34 @@ class SkipFamilies:
         found = evaluate(self.model, self.windows, policies, expected=True)
         return [(nats.mean().item(), tally.mean()) for nats, tally in found]
 
+    def best_family(self, mean_k):
+        """The name of the family whose Skip at mean_k costs least."""
+        costs = self.costs([self.policy(family, mean_k) for family in FAMILIES])
+        return FAMILIES[costs.index(min(costs))]
+
+    def worth_of_an_expert(self, mean_k):
+        """What one expert more buys around mean_k, in nats per expert and layer."""
+        fewer = self.policy('per layer', 0.95 * mean_k)
+        more = self.policy('per layer', min(1.05 * mean_k, self.K))
+        (dear, few), (cheap, many) = self.costs([fewer, more])
+        return (dear - cheap) / (many - few) / self.L
+
+    def rule_at(self, name, mean_k, around):
+        """The rule of this name, its knob set to mean_k on self.windows by real passes.
+
+        name: random-mix, top-p, one of FAMILIES, or skip, the best of them; around: as for `policy`.
+        """
+        if name == 'random-mix':
+            return RandomMix(mean_k)
+        if name == 'top-p':
+            policy_of = partial(TopP, n_experts=self.model.config.n_experts)
+            knobs = 0, 1
+        else:
+            family = self.best_family(around) if name == 'skip' else name
+            policy_of = partial(self.policy, family, around=around)
+            knobs = 1, self.K
+        return calibrate(self.model, self.windows, policy_of, mean_k, *knobs)
+
 
 @torch.no_grad()
 def look(model, inputs, see):
@@ -153,39 +180,3 @@ def betas_at(ratios, mean_k):
         above = round(max(k - 1, 0) * len(layer))
         betas.append(falling[above].item())
     return betas
-
-
-def best_family(families, mean_k):
-    """The name of the family whose Skip at mean_k costs least; measured once."""
-    if mean_k not in families.best:
-        policies = [families.policy(family, mean_k) for family in FAMILIES]
-        costs = families.costs(policies)
-        families.best[mean_k] = FAMILIES[costs.index(min(costs))]
-    return families.best[mean_k]
-
-
-def rule_at(families, name, mean_k, around):
-    """The rule of this name, its knob set to mean_k on families.windows by real passes.
-
-    name: random-mix, top-p, one of FAMILIES, or skip, the best of them; around: as for SkipFamilies.policy.
-    """
-    if name == 'random-mix':
-        return RandomMix(mean_k)
-    if name == 'top-p':
-        low = 0
-        high = 1
-        policy_of = partial(TopP, n_experts=families.model.config.n_experts)
-    else:
-        low = 1
-        high = families.K
-        family = best_family(families, around) if name == 'skip' else name
-        policy_of = partial(families.policy, family, around=around)
-    return calibrate(families.model, families.windows, policy_of, mean_k, low, high)
-
-
-def worth_of_an_expert(families, mean_k):
-    """What one expert more buys around mean_k, in nats per expert and layer."""
-    fewer = families.policy('per layer', 0.95 * mean_k)
-    more = families.policy('per layer', min(1.05 * mean_k, families.K))
-    (dear, few), (cheap, many) = families.costs([fewer, more])
-    return (dear - cheap) / (many - few) / families.L

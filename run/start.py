@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import run.standins as standins
 from allocator import find_knob, mass_labels
 from run.console import Progress
-from run.rules import SkipFamilies, best_family, look, worth_of_an_expert
+from run.rules import SkipFamilies, look
 from scale.memory import empty_allocators
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
@@ -53,7 +53,7 @@ def new_allocators(s, model, text, families):
         standardise(model, allocators, next(batches)[0])
     family = s.start
     if family == 'skip':
-        family = best_family(families, mean_k)
+        family = families.best_family(mean_k)
         print(f'start: expert skipping, {family}')
     if family == 'p-warm':
         p_warm(s, model, allocators, batches)
@@ -61,7 +61,7 @@ def new_allocators(s, model, text, families):
         start_at_skip(allocators, families.policy(family, mean_k))
     price = s.price
     if price is None:
-        price = FIRST_PRICE * worth_of_an_expert(families, mean_k)
+        price = FIRST_PRICE * families.worth_of_an_expert(mean_k)
     return allocators, price
 
 
@@ -74,13 +74,12 @@ def standardise(model, allocators, inputs):
     X_SCALE^2. The log probabilities rise and fall together, so theirs add up: many get less each, and the
     first step moves the policy equally far whatever C, N and K are.
     """
-    def moments(layer, x, probs):
+    def measure(layer, x, probs):
         z = allocators.raw(x, probs)                                        # (P,n_in)
-        return z.mean(0), z.std(0) + 1e-3
-    mean, std = zip(*look(model, inputs, moments))                          # L of (n_in,) each
+        allocators.mean[layer] = z.mean(0)
+        allocators.std[layer] = z.std(0) + 1e-3
+    look(model, inputs, measure)
     C = model.config.dim
-    allocators.mean.copy_(torch.stack(mean))
-    allocators.std.copy_(torch.stack(std))
     allocators.std[:, :C] *= X_SCALE * C ** 0.5
     allocators.std[:, C:] *= max(1, (allocators.std.shape[1] - C) / TOGETHER)
 

@@ -14,7 +14,7 @@ from hub.files import write_json
 from model import Transformer
 from run.console import one_line_errors
 from run.report import markdown, plt, save_figure
-from run.rules import FAMILIES, best_family, rule_at, worth_of_an_expert
+from run.rules import FAMILIES
 from scale.memory import empty_allocators
 from study.study import BUDGET, PUBLISHED, SOFT, open_study, parser, thousandths
 
@@ -59,9 +59,9 @@ def rows_at(study, b, methods):
         rows[method] = {'method': method, 'budget': b, **row}
     c = study.model.config
     mean_k = study.target(b)
-    free = f'skip, {best_family(study.families, mean_k)}'      # chosen on training text
+    free = f'skip, {study.families.best_family(mean_k)}'      # chosen on training text
     # nats of an expert more in every layer
-    worth = study.families.L * worth_of_an_expert(study.families, mean_k)
+    worth = study.families.L * study.families.worth_of_an_expert(mean_k)
     allocator = empty_allocators(study.s, c).weight[0]
     own = 2 * allocator.numel() / (6 * c.dim * c.expert_dim)   # what an allocator costs, in experts
     ada = rows['ada-k']
@@ -85,7 +85,7 @@ def policy_at(study, method, b, seed):
     """The policy of this name, trained if need be, its knob set to the budget b."""
     if method in RULES:
         mean_k = study.target(b)
-        return rule_at(study.families, method.removeprefix('skip, '), mean_k, around=mean_k)
+        return study.families.rule_at(method.removeprefix('skip, '), mean_k, around=mean_k)
     trained_at = b if method in ('soft', 'ada-k') else BUDGET
     changes = {'published': PUBLISHED, 'soft': SOFT}.get(method, {})
     return study.ada_k(method.removesuffix(', dialled'), b, budget=trained_at, seed=seed, **changes)

@@ -9,7 +9,7 @@ from base.pretrain import new_model
 from conftest import random_model, random_text, tiny_config
 from hub.files import InputError
 from run.evaluate import evaluate
-from run.rules import SkipFamilies, look, worth_of_an_expert
+from run.rules import SkipFamilies, look
 from run.start import new_allocators
 from study.policies import SoftMixture, rule, soft_step
 from study.study import SOFT
@@ -87,7 +87,7 @@ def test_allocators_start_as_expert_skipping(family, budget, monkeypatch):
         return ada(*seen) == skip(*seen)
     share = torch.stack(look(model, families.windows[0], same)).float().mean(1)
     assert share.min() > 0.998
-    assert price == pytest.approx(0.7 * worth_of_an_expert(families, target))
+    assert price == pytest.approx(0.7 * families.worth_of_an_expert(target))
 
 
 @pytest.mark.parametrize('N, K', [(8, 2), (64, 2), (64, 8), (128, 2), (128, 8)])

@@ -7,7 +7,7 @@ import ppo
 from allocator import Skip, TopK
 from conftest import random_model, random_text, tiny_config
 from run.evaluate import calibrate, evaluate
-from run.rules import FAMILIES, SkipFamilies, best_family, betas_at, worth_of_an_expert
+from run.rules import FAMILIES, SkipFamilies, betas_at
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def test_greedy_shares_by_hand(mean_k, shares, families, monkeypatch):
         [3, 2, 9, 9, 9, 9, np.inf],
     ]
     monkeypatch.setattr(families, 'L', 2)
-    monkeypatch.setattr(families, 'steps', {3: steps})
+    monkeypatch.setattr(families, 'steps_down', {3: steps}.get)
     assert families.greedy_shares(mean_k, 3) == shares
 
 
@@ -53,7 +53,7 @@ def test_families_have_their_mean_k_and_the_best_costs_least(families):
     policies = [families.policy(family, 3) for family in FAMILIES]
     nats, mean_k = zip(*families.costs(policies))
     assert mean_k == pytest.approx([3, 3, 3], abs=0.15)
-    assert best_family(families, 3) == FAMILIES[np.argmin(nats)]
+    assert families.best_family(3) == FAMILIES[np.argmin(nats)]
     assert nats[2] < min(nats[:2])                             # greedy
 
 
@@ -77,7 +77,7 @@ def test_the_expected_loss_is_0_for_top_k_and_a_divergence_for_others(families):
 def test_an_expert_is_worth_what_a_little_more_of_them_saves(families):
     policies = [families.policy('per layer', 3 * share) for share in (0.95, 1.05)]
     (few, _), (many, _) = families.costs(policies)
-    assert worth_of_an_expert(families, 3) == pytest.approx((few - many) / 0.3 / 3, rel=0.05)
+    assert families.worth_of_an_expert(3) == pytest.approx((few - many) / 0.3 / 3, rel=0.05)
 
 
 def test_calibration_hits_its_mean_k_within_a_percent(families):
