@@ -132,7 +132,7 @@ def bits_per_byte(nats, windows, tokenizer):
     n_bytes = 0
     for i in windows[1].flatten().tolist():
         if i not in tokenizer.marks:
-            n_bytes += len(tokenizer.bytes_of_id.get(i, b''))
+            n_bytes += len(tokenizer.bytes_of_id[i])
     return nats / math.log(2) / n_bytes
 
 

@@ -95,10 +95,9 @@ def start_at_skip(allocators, skip):
     beta = allocators.bias.new_tensor(skip.beta) + 1e-6                     # (L,)
     k = torch.arange(1, allocators.k_max + 1, device=beta.device)           # (A,)
     passed = SHARPNESS * (k[:K - 1] < k[:, None])                           # (A,K-1): is i < k?
-    n_in = allocators.mean.shape[1]
-    ratios = slice(n_in - K + 1, n_in)                                      # where z is Skip's log ratios
-    allocators.weight[:, :, ratios] = passed * allocators.std[:, None, ratios]              # (L,A,K-1)
-    scores = (allocators.mean[:, ratios] - beta.log()[:, None]) @ passed.T  # (L,A)
+    first = allocators.mean.shape[1] - K + 1                   # from here on z is Skip's log ratios
+    allocators.weight[:, :, first:] = passed * allocators.std[:, None, first:]              # (L,A,K-1)
+    scores = (allocators.mean[:, first:] - beta.log()[:, None]) @ passed.T  # (L,A)
     allocators.bias.copy_(scores - SHARPNESS * (k - K).clamp_min(0))
 
 
