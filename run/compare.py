@@ -15,8 +15,7 @@ def compare(s, model, text, allocators, families, windows, target):
     That mean k is of families.windows, the losses are of `windows`, each rule's with stand-ins of its own,
     fitted on `text`; those in the model are Ada-K's. target: the mean k of the budget, if any.
     """
-    c = model.config
-    policies = {'top-k': TopK(c.top_k), 'ada-k': AdaK(allocators)}
+    policies = {'top-k': TopK(families.K), 'ada-k': AdaK(allocators)}
     [(_, tally)] = evaluate(model, families.windows, [policies['ada-k']])
     mean_k = tally.mean()
     for name in RULES:
@@ -38,7 +37,7 @@ def compare(s, model, text, allocators, families, windows, target):
             'delta': delta.mean(),
             'delta_se': clustered_error(delta, windows[2].flatten()),
             'mean_k_by_layer': tally.mean_by_layer().tolist(),
-            **flops_shares(c, tally, s.seq, rank_in(model), params),
+            **flops_shares(model.config, tally, s.seq, rank_in(model), params),
         })
         progress(len(rows), len(rows) * len(loss), loss=rows[-1]['loss'])
     return rows

@@ -148,8 +148,8 @@ def fit_expert(moe, x, left, ids, n, rank):
     Y = output(moe, n, x[token])
     mean_x = (weight * X).sum(0)
     mean_y = (weight * Y).sum(0)
-    A = X.new_zeros(rank, C)
     B = X.new_zeros(C, rank)
+    A = B.T
     if len(token) > rank:
         X = X - mean_x
         moments = X.T @ (weight * X)                                        # (C,C)

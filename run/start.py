@@ -36,7 +36,7 @@ def prepare(s, model, text):
 
 def first_k(s, config):
     """The mean k that allocators start at: that of the budget, but a rule must drop something there."""
-    return max(1, min(standins.target_k(s, config), MOST_AT_FIRST * config.top_k))
+    return min(standins.target_k(s, config), MOST_AT_FIRST * config.top_k)
 
 
 def new_allocators(s, model, text, families):
