@@ -120,7 +120,8 @@ class SkipFamilies:
 
     def best_family(self, mean_k):
         """The name of the family whose Skip at mean_k costs least."""
-        costs = self.costs([self.policy(family, mean_k) for family in FAMILIES])
+        policies = [self.policy(family, mean_k) for family in FAMILIES]
+        costs = self.costs(policies)
         return FAMILIES[costs.index(min(costs))]
 
     def worth_of_an_expert(self, mean_k):
@@ -138,13 +139,15 @@ class SkipFamilies:
         if name == 'random-mix':
             return RandomMix(mean_k)
         if name == 'top-p':
+            low = 0
+            high = 1
             policy_of = partial(TopP, n_experts=self.model.config.n_experts)
-            knobs = 0, 1
         else:
+            low = 1
+            high = self.K
             family = self.best_family(around) if name == 'skip' else name
             policy_of = partial(self.policy, family, around=around)
-            knobs = 1, self.K
-        return calibrate(self.model, self.windows, policy_of, mean_k, *knobs)
+        return calibrate(self.model, self.windows, policy_of, mean_k, low, high)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def default_rank(config):
 
 def blocks(model):
     """The MoE blocks of a model (model.py:MoE), in order."""
-    return [model.layers[i].mlp for i in model.config.moe_layers]
+    return [layer.mlp for layer in model.layers if not layer.dense]
 
 
 def rank_in(model):
@@ -177,7 +177,7 @@ def fit_eta(model, fitted, windows):
     none, some, much = losses
     bend = none - 2 * some + much
     best = ETA * (1 + (none - much) / (2 * bend)) if bend > 0 else 0
-    fitted['eta'].fill_(min(max(best, 0), 1))
+    fitted['eta'].fill_(best).clamp_(0, 1)
     use(model, fitted)
 
 
