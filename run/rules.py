@@ -74,7 +74,7 @@ class SkipFamilies:
 
     def steps_down(self, around):
         """Of every layer [what its steps from K down to 1 cost in nats, the others at `around`; then inf]."""
-        at_around, *at_levels = [self.policy('per layer', mean_k) for mean_k in (around, *self.levels)]
+        policies = [self.policy('per layer', mean_k) for mean_k in (around, *self.levels)]
         apart = max(1, self.windows[0].numel() // SEARCH_TOKENS)
         # cut if they are long: the states of all levels of all layers are in memory
         windows = [part[::apart, :SEARCH_TOKENS] for part in self.windows]
@@ -84,7 +84,7 @@ class SkipFamilies:
         begun = itertools.count(few, few)
 
         def of_part(inputs, targets):
-            hidden = self.varied(inputs, at_around, at_levels)
+            hidden = self.varied(inputs, *policies)
             progress(min(next(begun), n), None)
             return -rewards(self.model, hidden, targets.flatten(), expected=True)[1:]
         nats = by_parts(self.model, windows, few, of_part).mean(1)          # (L*levels,)
@@ -92,7 +92,7 @@ class SkipFamilies:
         return F.pad(steps, (0, 1), value=torch.inf).tolist()
 
     @torch.no_grad()
-    def varied(self, tokens, around, levels):
+    def varied(self, tokens, around, *levels):
         """Last states of tokens (B,T) under top-k, and with each layer at every level, the others `around`.
 
         In one sweep over the layers: those before the one that is varied are not run again for it.

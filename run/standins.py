@@ -213,11 +213,11 @@ class StandIns:
     def one_by_one(self, x, ids, left):
         """The same for a handful of tokens on a CPU, forward only: just the maps that are needed are read."""
         y = torch.zeros_like(x)                                             # (P,C)
-        for t, (numbers, weights) in enumerate(zip(ids.tolist(), left.tolist())):
+        for token, out, numbers, weights in zip(x, y, ids.tolist(), left.tolist()):
             for n, weight in zip(numbers, weights):
                 if weight:
-                    low = torch.mv(self.A[n], x[t])                         # (r,)
-                    y[t] += weight * torch.addmv(self.b[n], self.B[n], low)
+                    low = self.A[n] @ token                                 # (r,)
+                    out += weight * torch.addmv(self.b[n], self.B[n], low)
         return y
 
     def many(self, x, ids, left):
