@@ -39,7 +39,7 @@ class SkipFamilies:
         self.tails = torch.stack(look(model, windows[0], ratios)).cpu()     # (L,P,K-1)
         n_steps = round(STEPS * (self.K - 1) / self.K)
         self.levels = np.linspace(self.K, 1, n_steps + 1)
-        # at every mean k measured once
+        # both measure once for every mean k
         self.steps_down = cache(self.steps_down)
         self.best_family = cache(self.best_family)
 
