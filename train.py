@@ -77,7 +77,7 @@ class Settings:
     expert_dim: int = 224            # 3.5 C, as Mixtral
     base_steps: int = 1000
     # what becomes of the weight of an expert that does not run (run/standins.py)
-    dropped: str = 'stand-ins'      # 'published': the others get it; 'rho': a fitted part of it; 'stand-ins'
+    dropped: str = 'stand-ins'      # 'published': the others get it; 'kept': they keep theirs; 'stand-ins'
     rank: int | None = None         # of the stand-ins; None: run/standins.py:rank_of
     beyond: int = 0                 # experts beyond K that a token may run
     # allocators
@@ -341,7 +341,7 @@ def parse(argv, doc=__doc__):
     goal.add_argument('--budget', type=float, help='share of the expert FLOPs, in (0, 1] (default 0.75)')
     goal.add_argument('--price', type=float, help='instead of a budget: nats per expert and layer')
     p.add_argument('--paper', action='store_true', help='the published recipe throughout (price 3e-3)')
-    p.add_argument('--dropped', choices=['published', 'rho', 'stand-ins'],
+    p.add_argument('--dropped', choices=['published', 'kept', 'stand-ins'],
                    help='what gets the weight of an expert that does not run (run/standins.py)')
     p.add_argument('--rank', type=int, help='of the stand-ins (default: C / 4, less for small experts)')
     p.add_argument('--beyond', type=int, help='experts beyond K that a token may run (default 0); '

@@ -1,14 +1,14 @@
 """run/standins.py: what a token loses with an expert that does not run, and how to have it for less.
 
 Dropping an expert leaves a hole in the layer's output. The published rule fills it with more of the experts
-that run (eq. 3), which mostly point elsewhere. Two better ways, both fitted in closed form on training text
-under the model's own top-k, in seconds:
-    rho         one number a layer: how much of the hole's weight the others get (moe_dispatch.py:select)
-    stand-ins   for each expert n a linear map of rank r, e_n(x) ~ B_n A_n x + b_n
+that run (eq. 3), which mostly point elsewhere. Better ways:
+    kept        those that run keep the weights that they have in top-k
+    stand-ins   the same, and for each expert n a linear map of rank r stands in, e_n(x) ~ B_n A_n x + b_n
 
-A stand-in costs 4 r C FLOPs where an expert costs 6 C F. It is fitted on the tokens that drop its expert, on
-which the expert is an easier function than on all, so every policy has stand-ins of its own: PPO begins with
-those of expert skipping at the budget, and what it has learnt gets its own at the end.
+Stand-ins are fitted in closed form on training text under the model's own top-k, in seconds. One costs
+4 r C FLOPs where an expert costs 6 C F. It is fitted on the tokens that drop its expert, on which the expert
+is an easier function than on all, so every policy has stand-ins of its own: PPO begins with those of expert
+skipping at the budget, and what it has learnt gets its own at the end.
 """
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ def target_k(s, config):
 
 @torch.no_grad()
 def fit(s, model, inputs, policy):
-    """{name: fp32 tensor}: rho and eta (L,), and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
+    """{name: fp32 tensor}: numbers rho and eta, and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
 
     s.dropped says which. inputs (B,T): training text. Stand-ins are fitted on the choices that the policy
     drops there: an expert that is dropped is another function than one that runs. eta stays as it is.
@@ -76,29 +76,25 @@ def fit(s, model, inputs, policy):
     experts = blocks(model)
     rank = rank_of(s, config)
     fitted = {
-        'rho': config.norm_topk * torch.ones(len(experts)),
-        'eta': torch.tensor([moe.weighting.eta for moe in experts]),
+        'rho': torch.tensor(float(config.norm_topk and s.dropped == 'published')),
+        'eta': torch.tensor(experts[0].weighting.eta),
     }
-    if s.dropped == 'published' or config.top_k == 1:
+    if rank == 0 or config.top_k == 1:
         return fitted
     progress = Progress('stand-ins', len(experts))
 
     def fit_layer(layer, x, probs):
         moe = experts[layer]
         progress(layer + 1, None)
-        if rank == 0:
-            ids, g, _ = policy.select(probs, None, moe.weighting)           # (P,K) both
-            return [config.norm_topk * fit_rho(moe, x, g, ids)]
         ids, _, left = policy.select(probs, policy(layer, x, probs), moe.weighting)         # (P,width)
         maps = [fit_expert(moe, x, left, ids, n, rank) for n in range(config.n_experts)]
-        return [torch.zeros(()), *map(torch.stack, zip(*maps))]
-    layers = look(model, inputs, fit_layer)                    # L of [rho] or [rho, A, B, b]
-    for name, of_layers in zip(('rho', 'A', 'B', 'b'), zip(*layers)):
+        return [torch.stack(of_experts) for of_experts in zip(*maps)]
+    layers = look(model, inputs, fit_layer)                    # L of A, B, b
+    for name, of_layers in zip('ABb', zip(*layers)):
         fitted[name] = torch.stack(of_layers).cpu()
-    if rank > 0:
-        poor = fitted['b'].any(2) & ~fitted['A'].any((2, 3))                # (L,N)
-        if poor.any():
-            print(f'stand-ins: too few tokens drop {poor.sum()} of the experts: their mean output stands in')
+    poor = fitted['b'].any(2) & ~fitted['A'].any((2, 3))                    # (L,N)
+    if poor.any():
+        print(f'stand-ins: too few tokens drop {poor.sum()} of the experts: their mean output stands in')
     return fitted
 
 
@@ -115,23 +111,6 @@ def output(moe, n, x):
     gate, up = (x @ moe.w_in[n].T).chunk(2, dim=-1)
     hidden = F.silu(gate) * up
     return (hidden @ moe.w_out[n].T).double()
-
-
-def fit_rho(moe, x, g, ids):
-    """The rho with which the K - 1 first experts make up best for the last: least squares of its output.
-
-    x (P,C), g and ids (P,K). With one expert dropped the others' weights grow by rho g_K / (1 - g_K).
-    """
-    parts = x.new_zeros(2, *x.shape).double()
-    for n in range(len(moe.w_in)):
-        token, choice = torch.where(ids == n)
-        out = g[token, choice, None] * output(moe, n, x[token])             # (rows,C)
-        is_last = choice == ids.shape[1] - 1
-        parts[is_last.long(), token] += out                    # a token chooses an expert at most once
-    kept, last = parts                                                      # (P,C) both
-    share = g[:, -1:] / (1 - g[:, -1:])
-    more = share * kept                                                     # what rho = 1 gives instead
-    return ((more * last).sum() / (more * more).sum()).clamp(0, 1).float()
 
 
 def fit_expert(moe, x, left, ids, n, rank):
@@ -243,8 +222,8 @@ def of_layer(config, fitted, layer, like):
     how = Weighting.of(config)
     stand_in = None
     if fitted:
-        how.rho = fitted['rho'][layer].item()
-        how.eta = fitted['eta'][layer].item()
+        how.rho = fitted['rho'].item()
+        how.eta = fitted['eta'].item()
         if 'A' in fitted:
             stand_in = StandIns(*(fitted[name][layer].to(like) for name in 'ABb'))
     return how, stand_in

@@ -8,8 +8,9 @@
     prose    top-2 of 8, 4 layers, English: the docstrings and comments of these sources
     many     many small experts, OLMoE in small: top-8 of 64, 4 layers, the text of deep
 
-Four times each: the weight of an expert that does not run goes to the others (published), or a fitted part
-of it (rho), or stand-ins take its place (run/standins.py); and at the full budget with one expert beyond K.
+Four times each: the weight of an expert that does not run goes to the others (published), or is lost and
+theirs are kept, or stand-ins take its place (run/standins.py); and at the full budget with one expert beyond
+K.
 
 Each base is a preset of train.py, learnt in out/NAME if it is not there; its rows stay in out/NAME/bases-WAY.
 """
@@ -25,7 +26,7 @@ BASES = 'deep', 'prose', 'fine', 'many'
 # {name: changes to the Settings}
 WAYS = {
     'published': {'dropped': 'published'},
-    'rho': {'dropped': 'rho'},
+    'kept': {'dropped': 'kept'},
     'stand-ins': {},
     'beyond': {'beyond': 1, 'budget': 1.0},
 }

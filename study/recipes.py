@@ -38,7 +38,7 @@ def ablations(s):
         many,
         {'reward': 'sampled', **many},
         {'dropped': 'published'},
-        {'dropped': 'rho'},
+        {'dropped': 'kept'},
         *[{'rank': rank} for rank in (1, 4, 8, 32)],
         {'beyond': 1},
         {                                                      # the allocators read x only

@@ -123,9 +123,9 @@ def test_bases_put_together_what_is_there_and_measure_the_rest(copied, monkeypat
     study.bases.main(['--only', 'fine'])
     base = read_json(Path('out/bases/bases.json'))['fine']
     assert base['rows'] == base['ways']['published']['rows'] == there['rows']
-    rho = {row['method']: row for row in base['ways']['rho']['rows']}
-    assert set(rho) == {*RULES, 'ada-k'}
-    assert rho['random-mix']['mean_k'] == pytest.approx(3, rel=0.05)       # nothing stands in for an expert
+    kept = {row['method']: row for row in base['ways']['kept']['rows']}
+    assert set(kept) == {*RULES, 'ada-k'}
+    assert kept['random-mix']['mean_k'] == pytest.approx(3, rel=0.05)       # nothing stands in for an expert
     assert '| seeds | fine, K = 4 |' in capsys.readouterr().out
 
 
