@@ -16,9 +16,9 @@ import sysconfig
 from pathlib import Path
 from tokenize import COMMENT, DEDENT, INDENT, NEWLINE, NL, STRING, TokenError, generate_tokens
 
-from hub.files import InputError, reading
+from hub.files import InputError
 
-SURROGATES = re.compile('[\ud800-\udfff]')      # halves of a character, which JSON can spell and UTF-8 cannot
+SURROGATES = '[\ud800-\udfff]'  # halves of a character, which JSON can spell and UTF-8 cannot
 KINDS = '.txt', '.jsonl', '.py'
 # not in the default text: tests; encodings, one table many times over; pydoc_data, a generated page that is
 # as long as all other files of a split
@@ -36,9 +36,9 @@ def read_documents(source, most, prose=False):
     source '' is the standard library without its tests. prose: of .py files only the docstrings and comments,
     where there are LEAST_PROSE characters of them. InputError names what cannot be read.
     """
-    root = Path(source or sysconfig.get_paths()['stdlib'])
+    root = Path(source or sysconfig.get_path('stdlib'))
     found = (document for path in files_of(root, source) for document in documents_of(path, root, prose))
-    documents = {name: SURROGATES.sub('\ufffd', text) for name, text in itertools.islice(found, most)}
+    documents = {name: re.sub(SURROGATES, '\ufffd', text) for name, text in itertools.islice(found, most)}
     damaged = sum('\ufffd' in text for text in documents.values())
     if damaged and source:
         print(f'text: {damaged} documents hold U+FFFD, or what is no UTF-8 and becomes it', file=sys.stderr)
@@ -64,12 +64,10 @@ def files_of(root, is_data):
         elif os.path.isdir(path) and path.resolve() not in visited:
             visited.add(path.resolve())
             try:
-                inside = sorted(path.iterdir())
+                for inside in sorted(path.iterdir()):
+                    visit(inside)
             except OSError:
                 left_out['folders that cannot be listed'].append(path)
-                return
-            for each in inside:
-                visit(each)
         else:
             left_out['files of other kinds, or links that lead nowhere or back'].append(path)
 
@@ -84,12 +82,10 @@ def files_of(root, is_data):
 
 
 def documents_of(path, root, prose):
-    """Yield the (name, text) of every document in a file, as it is read. InputError names file or row."""
+    """Yield the (name, text) of every document in a file, as it is read. InputError names a wrong row."""
     name = path.name if path == root else path.relative_to(root).as_posix()
     kind = path.suffix.lower()
-    # rows of .jsonl end at \n alone: JSON may hold other line ends bare
-    line_end = '\n' if kind == '.jsonl' else None
-    with reading(path), open(path, encoding='utf-8-sig', errors='replace', newline=line_end) as f:
+    with open(path, encoding='utf-8-sig', errors='replace') as f:
         if kind == '.jsonl':
             yield from row_texts(f, name)
             return
@@ -145,21 +141,21 @@ def row_text(row):
 
 
 def split_documents(documents):
-    """[train, calibration, held-out], lists of texts: 80, 10, 10 % of the documents by a hash of their names.
+    """(train, calibration, held-out), lists of texts: 80, 10, 10 % of the documents by a hash of their names.
 
     A few documents are cut into pieces first, so that one long file can be split too.
     """
-    texts = documents
     if len(documents) < FEW:
         size = max(1, min(PIECE, sum(map(len, documents.values())) // PIECES))
-        texts = {}
-        for name, text in documents.items():
-            for at in range(0, len(text), size):
-                texts[f'{name}:{at}'] = text[at:at + size]
-    ranked = sorted(texts, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    tenth = max(1, len(ranked) // 10)
-    parts = ranked[2 * tenth:], ranked[:tenth], ranked[tenth:2 * tenth]
-    return [[texts[name] for name in part] for part in parts]
+        documents = {
+            f'{name}:{at}': text[at:at + size]
+            for name, text in documents.items()
+            for at in range(0, len(text), size)
+        }
+    names = sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    texts = [documents[name] for name in names]
+    tenth = max(1, len(texts) // 10)
+    return texts[2 * tenth:], texts[:tenth], texts[tenth:2 * tenth]
 
 
 def text_digest(documents):
