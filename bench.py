@@ -119,7 +119,7 @@ def dispatch_table(device, reached):
     rows = []
     for shape, (C, width, N, K, prefill) in SHAPES[device.type].items():
         config = Config(n_layers=1, dim=C, expert_dim=width, n_experts=N, top_k=K)
-        model = new_model(config, seed=0)
+        model = new_model(config)
         for dtype in DTYPES[device.type]:
             layer = model.to(device, getattr(torch, dtype)).layers[0].mlp
             for stage, T in (f'prefill {prefill}', prefill), ('batch 8', 8), ('batch 1', 1):
@@ -153,7 +153,7 @@ def random_models(device):
         expert_dim=7 * width // 2,
     )
     for dtype in DTYPES[device.type]:
-        model = new_model(config, seed=0).to(device, getattr(torch, dtype))
+        model = new_model(config).to(device, getattr(torch, dtype))
         tokens = torch.randint(config.n_vocab, (1, width), device=device)
         yield f"Mixtral's proportions, {dtype}", model, tokens, fewer(model, tokens)
 

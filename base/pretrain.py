@@ -84,15 +84,17 @@ def balance_loss(router_probs, top_k):
         chosen = probs.topk(top_k).indices                                  # (P,K)
         share = torch.zeros_like(probs).scatter_(1, chosen, 1 / top_k)      # (P,N)
         balance = share.mean(0) * probs.mean(0)                             # (N,)
-        total = total + len(balance) * balance.sum()
+        total += len(balance) * balance.sum()
     return total / len(router_probs)
 
 
 @torch.no_grad()
-def new_model(config, seed):
-    """A Transformer with fresh weights: embedding 0.02, matrices 1/sqrt(fan-in), smaller at residuals."""
+def new_model(config):
+    """A Transformer with fresh weights, always the same: embedding 0.02, matrices 1/sqrt(fan-in), smaller at
+    residuals.
+    """
     model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = p.shape[-1] ** -0.5 if 'layers' in name else 0.02
@@ -104,7 +106,7 @@ def new_model(config, seed):
 
 def learn_base(s, config, text):
     """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
-    model = new_model(config, seed=0).to(s.device)
+    model = new_model(config).to(s.device)
     matrices = []
     routers = []
     others = []
@@ -120,7 +122,6 @@ def learn_base(s, config, text):
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     batches = text.batches(BATCH, s.seq, torch.Generator().manual_seed(0))
     progress = Progress('base', s.base_steps)
-    start = time.monotonic()
     for step in range(1, s.base_steps + 1):
         inputs, targets, _ = next(batches)                                  # (B,T) each
         router_probs = []                                                   # (P,N), layer by layer
@@ -141,6 +142,6 @@ def learn_base(s, config, text):
         model.zero_grad()
         progress(step, step * inputs.numel(), loss=loss.item())
         if step == 20:
-            minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - start) / 60
+            minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - progress.start) / 60
             print(f'at this rate the whole run takes about {minutes:.0f} minutes', flush=True)
     return model

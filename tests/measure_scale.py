@@ -46,7 +46,7 @@ def make(folder):
         n_experts=8,
         top_k=2,
     )
-    save(new_model(c, 0).to(torch.bfloat16), folder)
+    save(new_model(c).to(torch.bfloat16), folder)
     merges = learn_bpe(split_documents(read_documents('', 60))[0], c.n_vocab - 1)
     write_json(folder / 'tokenizer.json', tokenizer_json(merges))
 

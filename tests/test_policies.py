@@ -92,7 +92,7 @@ def test_allocators_start_as_expert_skipping(family, budget, monkeypatch):
 
 @pytest.mark.parametrize('N, K', [(8, 2), (64, 2), (64, 8), (128, 2), (128, 8)])
 def test_the_first_step_keeps_the_start_however_many_experts(N, K):
-    model = new_model(tiny_config(n_experts=N, top_k=K, dim=64), 0).requires_grad_(False)
+    model = new_model(tiny_config(n_experts=N, top_k=K, dim=64)).requires_grad_(False)
     s = Settings(seq=16, start='one beta', ppo_steps=1)
     text = random_text(8000)
     families = SkipFamilies(model, text.windows(16, 2048))
