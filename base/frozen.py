@@ -2,11 +2,10 @@
 import os
 import shutil
 
-import numpy as np
 import torch
 
-from base.documents import read_documents, split_documents
-from base.pretrain import BATCH, config_of, learn_base, recipe_of
+from base.documents import read_documents, split_documents, text_digest
+from base.pretrain import BATCH, SIZES, config_of, learn_base
 from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
 from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
 from hub.config import read_config
@@ -18,7 +17,7 @@ from scale.memory import check_memory, working_bytes
 from scale.shard import shard
 from scale.stream import stream
 
-BPE_CHARACTERS = 2e6    # of text are enough to learn the merges from
+TRAINING = 'n_vocab', 'seq', 'base_steps'        # beside SIZES, what a base depends on
 BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'recipe.json'}
 
 
@@ -29,15 +28,16 @@ def base_model(s, out):
     there was learnt with other settings or text, is not this program's, or does not fit the text.
     """
     documents = read_documents(s.data, s.documents, s.prose)
-    parts = split_documents(documents)
-    recipe = recipe_of(s, documents)
+    train, calibration, heldout = split_documents(documents)
+    settings = {name: getattr(s, name) for name in SIZES + TRAINING}
+    recipe = {'text': text_digest(documents), **settings}
     folder = base_folder(s, out)
     learn = not s.ckpt and not is_there(folder, recipe, s.fresh)
-    place = learn_tokenizer(folder, parts[0], s.n_vocab) if learn else folder
+    place = learn_tokenizer(folder, train, s.n_vocab) if learn else folder
     tokenizer = Tokenizer(place)
-    train = tokenize(parts[0], tokenizer, s.seq, 'train', max(s.ppo_batch, BATCH * learn))
-    calibration = tokenize(parts[1], tokenizer, s.seq, 'calibration')
-    heldout = tokenize(parts[2], tokenizer, s.seq, 'held-out')
+    train = tokenize(train, tokenizer, s.seq, 'train', max(s.ppo_batch, BATCH * learn))
+    calibration = tokenize(calibration, tokenizer, s.seq, 'calibration')
+    heldout = tokenize(heldout, tokenizer, s.seq, 'held-out')
     if learn:
         model = learn_base(s, config_of(s, len(tokenizer.ids)), train)
         save(model, place)
@@ -48,7 +48,7 @@ def base_model(s, out):
     if s.seq > model.config.max_len:
         raise InputError(f'--seq {s.seq}: the model in {folder} reads at most {model.config.max_len} tokens')
     texts = [train, calibration, heldout]
-    largest = max(int(text.tokens.max()) for text in texts)
+    largest = max(text.tokens.max() for text in texts)
     if largest >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
                          f'the model has only {model.config.n_vocab} tokens')
@@ -97,9 +97,7 @@ def learn_tokenizer(folder, texts, n_vocab):
     if ranks()[1] > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
-    ends = np.cumsum([len(text) for text in texts])
-    enough = texts[:1 + np.searchsorted(ends, BPE_CHARACTERS)]
-    merges = learn_bpe(enough, n_vocab - 1)
+    merges = learn_bpe(texts, n_vocab - 1)
     new = folder.with_name(f'{folder.name}.{os.getpid()}.new')
     new.mkdir()
     write_json(new / 'tokenizer.json', tokenizer_json(merges))

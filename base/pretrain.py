@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from allocator import TopK, Watched
-from base.documents import text_digest
 from model import Config, Transformer
 from run.console import Progress
 
@@ -18,13 +17,6 @@ ROUTER_LR = 3e-3        # of routers: a fast one would soon give one expert all 
 BALANCE = 0.01          # weight of the load-balancing loss
 WHOLE = 1.7             # how long the default run takes, in times of this stage
 SIZES = 'n_layers', 'dim', 'n_heads', 'n_experts', 'top_k', 'expert_dim'
-TRAINING = 'n_vocab', 'seq', 'base_steps'
-
-
-def recipe_of(s, documents):
-    """What a base model depends on: settings, and a digest of the text."""
-    settings = {name: getattr(s, name) for name in SIZES + TRAINING}
-    return {'text': text_digest(documents), **settings}
 
 
 def config_of(s, n_vocab):

@@ -14,6 +14,7 @@ from hub.tokenizer import byte_characters
 from run.console import Progress
 
 SEPARATOR = '<|endoftext|>'     # behind every document
+ENOUGH = 2e6            # characters of text to learn the merges from
 # words with the space before them, digits, symbols with the line end after them, line ends, indentation
 PATTERN = r' ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 
@@ -88,8 +89,11 @@ def learn_bpe(texts, n_tokens):
     Example: 'aaabdaaabac' -> (97,97), then (256,97) .. as in Sennrich et al. 2016, on bytes.
     """
     chunks = collections.Counter()
+    seen = 0                                            # characters
     for text in texts:
-        chunks.update(regex.findall(PATTERN, text))
+        if seen < ENOUGH:
+            chunks.update(regex.findall(PATTERN, text))
+        seen += len(text)
     # a word is a string with a character for every id, so that str.replace merges a pair in it
     words = {chunk.encode().decode('latin-1'): n for chunk, n in chunks.items()}
     count = collections.Counter()                       # pair of characters -> how often it occurs
