@@ -25,7 +25,7 @@ PATTERN = r' ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 class Text:
     """A split of the text as one stream of tokens, a separator behind every document."""
     tokens: torch.Tensor            # (n,) whole numbers; int32 where memory counts, batches are int64
-    document: np.ndarray            # (n,) the number of the document each token belongs to
+    document: torch.Tensor          # (n,) the number of the document each token belongs to
     front: tuple = ()               # the ids that the tokenizer puts in front of a text
 
     def at(self, begin, T):
@@ -57,8 +57,7 @@ class Text:
             n = (len(self.tokens) - offset - 1) // T
             for chosen in torch.randperm(n, generator=generator).split(B):
                 if len(chosen) == B:
-                    inputs, targets, document = self.at(offset + chosen * T, T)             # (B,T) each
-                    yield inputs, targets, torch.from_numpy(document)
+                    yield self.at(offset + chosen * T, T)                   # (B,T) each
 
 
 def tokenize(texts, tokenizer, T, name, B=0):
@@ -77,7 +76,7 @@ def tokenize(texts, tokenizer, T, name, B=0):
     if n < least:
         raise InputError(f'--data: the {name} split has {n} tokens, {max(1, B)} sequences of {T} need '
                          f'{least}: give more text, a shorter --seq or a smaller --ppo-batch')
-    document = np.arange(len(parts), dtype=np.int32).repeat(lengths)
+    document = torch.repeat_interleave(torch.tensor(lengths)).int()         # 0 0 0 1 1 ..
     return Text(torch.from_numpy(np.concatenate(parts)), document, tokenizer.front)
 
 

@@ -34,7 +34,7 @@ def measure(study, budgets, methods=METHODS):
     return {
         'K': study.families.K,
         'tokens': len(study.of_topk),
-        'documents': len(set(study.windows[2].flat)),
+        'documents': len(study.windows[2].unique()),
         'seeds': SEEDS,
         'torch': torch.__version__,
         'rows': rows,

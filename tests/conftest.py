@@ -10,7 +10,6 @@ from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -60,7 +59,7 @@ def random_ada_k(config, k_max):
 def random_text(n):
     """n tokens of the vocabulary of tiny_config, one document."""
     from base.text import Text
-    return Text(torch.randint(50, (n,)), np.zeros(n, int))
+    return Text(torch.randint(50, (n,)), torch.zeros(n))
 
 
 def assert_close(found, expected):

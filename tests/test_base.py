@@ -31,15 +31,15 @@ def test_documents_are_split_once_even_if_a_name_is_no_utf8(n, size):
     assert all(len(part) >= 2 for part in parts)
 
 
-NUMBERS = np.arange(1001)
-TEXT = Text(torch.from_numpy(NUMBERS), NUMBERS // 7)
+NUMBERS = torch.arange(1001)
+TEXT = Text(NUMBERS, NUMBERS // 7)
 
 
 def test_windows_predict_each_token_once_behind_what_stands_in_front():
     text = Text(TEXT.tokens.int(), TEXT.document, front=(9999,))
     inputs, targets, document = text.windows(10)
-    assert np.array_equal(targets.flatten(), NUMBERS[1:])
-    assert np.array_equal(document.flatten(), NUMBERS[1:] // 7)
+    assert torch.equal(targets.flatten(), NUMBERS[1:])
+    assert torch.equal(document.flatten(), NUMBERS[1:] // 7)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert (inputs[:, 0] == 9999).all()
     inputs, targets, _ = next(text.batches(2, 8, torch.Generator()))
@@ -110,7 +110,7 @@ def test_balance_loss_is_1_when_balanced_and_grows_to_N(chosen, loss):
 def test_a_base_learns_a_text_that_repeats():
     config = tiny_config(n_layers=2)
     sentence = torch.randint(50, (40,))
-    text = Text(sentence.repeat(100), np.zeros(4000))
+    text = Text(sentence.repeat(100), torch.zeros(4000))
     s = train.Settings(base_steps=12, seq=32)
     model = learn_base(s, config, text)
     [(loss, _)] = evaluate(model, text.windows(32, 640), [TopK(3)])

@@ -58,7 +58,7 @@ def test_a_loss_of_nan_leaves_the_last_good_state_and_no_step_changes_the_base(t
     model = random_model(tiny_config(top_k=4))
     before = [p.clone() for p in model.parameters()]
     s = train.Settings(ppo_steps=9, save_every=2, seq=16, ppo_batch=4)
-    text = Text(torch.randint(50, (1000,)), np.zeros(1000))
+    text = Text(torch.randint(50, (1000,)), torch.zeros(1000))
     allocators, price = new_allocators(s, model, text, SkipFamilies(model, text.windows(16)))
     real = train.rollout_reward
     log = []
