@@ -229,7 +229,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
         for _ in log:                                          # these batches are done
             next(batches)
         print(f'resumed after step {len(log)} of {s.ppo_steps}')
-    progress = Progress('ppo', s.ppo_steps, done=len(log))
+    progress = Progress('ppo', done=len(log))
     with stop_signals() as asked:
         for step in range(len(log) + 1, s.ppo_steps + 1):
             # of all sequences those of this rank
@@ -241,8 +241,8 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
             row = one_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             last = step == s.ppo_steps
             log.append(row)
-            tokens = step * s.group * s.ppo_batch * s.seq
-            progress(step, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price)
+            tokens = s.group * s.ppo_batch * s.seq
+            progress(step, s.ppo_steps, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price)
             stop = any(gathered(asked))                        # all ranks stop, or none
             if state and (last or stop or step % s.save_every == 0):
                 save_state(state, facts, allocators, optimizer, generator, log)

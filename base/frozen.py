@@ -120,13 +120,9 @@ def load_model(s, folder, learns=False):
     # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape in every batch:
     # gigabytes
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
-    progress = Progress('load %', 100)
-
-    def show(done, total):
-        progress(max(1, 100 * done // total), None)
-
+    progress = Progress('load')
     if size > 1:
-        return shard(folder, dtype, s.device, show)
+        return shard(folder, dtype, s.device, progress)
     if s.stream:
-        return stream(folder, dtype, s.device, show)
-    return load(folder, dtype, s.device, show)
+        return stream(folder, dtype, s.device, progress)
+    return load(folder, dtype, s.device, progress)

@@ -113,7 +113,7 @@ def learn_base(s, config, text):
     groups = [{'params': others, 'highest': ADAM_LR}, {'params': routers, 'highest': ROUTER_LR}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     batches = text.batches(BATCH, s.seq, torch.Generator().manual_seed(0))
-    progress = Progress('base', s.base_steps)
+    progress = Progress('base')
     for step in range(1, s.base_steps + 1):
         inputs, targets, _ = next(batches)                                  # (B,T) each
         router_probs = []                                                   # (P,N), layer by layer
@@ -132,7 +132,7 @@ def learn_base(s, config, text):
             group['lr'] = group['highest'] * scale
         adam.step()
         model.zero_grad()
-        progress(step, step * inputs.numel(), loss=loss.item())
+        progress(step, s.base_steps, inputs.numel(), loss=loss.item())
         if step == 20:
             minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - progress.start) / 60
             print(f'at this rate the whole run takes about {minutes:.0f} minutes', flush=True)

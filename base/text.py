@@ -65,11 +65,11 @@ def tokenize(texts, tokenizer, T, name, B=0):
 
     A batch begins at an offset of up to T - 1 tokens. 8 bytes are kept of a token: text may be gigabytes.
     """
-    progress = Progress(f'load {name} text', len(texts))
+    progress = Progress(f'load {name} text')
     parts = []
     for i, text in enumerate(texts, 1):
         parts.append(np.array(tokenizer.document(text), np.int32))
-        progress(i, None)
+        progress(i, len(texts))
     lengths = [len(part) for part in parts]
     n = sum(lengths)
     least = (B + 1) * T + 1

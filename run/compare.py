@@ -21,7 +21,7 @@ def compare(s, model, text, allocators, families, windows, target):
     for name in RULES:
         policies[name] = families.rule_at(name, mean_k, around=target or mean_k)
     rows = []
-    progress = Progress('evaluation', len(policies))
+    progress = Progress('evaluation')
     for method, policy in policies.items():
         if method in RULES:
             refit(s, model, text, policy)
@@ -39,5 +39,5 @@ def compare(s, model, text, allocators, families, windows, target):
             'mean_k_by_layer': tally.mean_by_layer().tolist(),
             **flops_shares(model.config, tally, s.seq, rank_in(model), params),
         })
-        progress(len(rows), len(rows) * len(loss), loss=rows[-1]['loss'])
+        progress(len(rows), len(policies), len(loss), loss=rows[-1]['loss'])
     return rows

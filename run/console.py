@@ -111,32 +111,30 @@ class Progress:
     process.
     """
 
-    def __init__(self, stage, steps, done=0):
+    def __init__(self, stage, done=0):
         self.stage = stage
-        self.steps = steps
         self.done = done
         self.start = time.monotonic()
         self.next = 0.0                                        # when to show a line again
 
-    def __call__(self, step, tokens, **numbers):
-        """tokens: of all steps so far, None where there are none to count."""
+    def __call__(self, step, steps, tokens=0, **numbers):
+        """So many of the steps are done; tokens: of one step, where there are some to count."""
         now = time.monotonic()
-        if ranks()[0] or (now < self.next and step < self.steps):
+        if ranks()[0] or (now < self.next and step < steps):
             return
         terminal = sys.stderr.isatty()
         self.next = now + (0.2 if terminal else 10)
-        seconds = max(now - self.start, 1e-9) / (step - self.done)         # of a step
-        left = seconds * (self.steps - step)
-        line = f'{self.stage} {step}/{self.steps}'
+        seconds = (now - self.start) / (step - self.done)                  # of a step
+        left = seconds * (steps - step)
+        line = f'{self.stage} {step}/{steps}'
         for name, value in numbers.items():
             line += f'  {name} {value:.4g}'
         if tokens:
-            line += f'  {tokens / step / seconds:,.0f} tok/s'
+            line += f'  {tokens / seconds:,.0f} tok/s'
         line += f'  {left // 60:.0f}:{left % 60:02.0f} left'
-        end = '\n'
         if terminal:
             line = f'\r\x1b[K{line}'                           # over the line before
-            end = '\n' if step == self.steps else ''
+        end = '' if terminal and step < steps else '\n'
         print(line, end=end, flush=True, file=sys.stderr)
 
 

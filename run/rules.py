@@ -80,12 +80,12 @@ class SkipFamilies:
         windows = [part[::apart, :SEARCH_TOKENS] for part in self.windows]
         n, T = windows[0].shape
         few = max(1, sequences_of_pass(T) // self.L)
-        progress = Progress('greedy shares', n)
+        progress = Progress('greedy shares')
         begun = itertools.count(few, few)
 
         def of_part(inputs, targets):
             hidden = self.varied(inputs, *policies)
-            progress(min(next(begun), n), None)
+            progress(min(next(begun), n), n)
             return -rewards(self.model, hidden, targets.flatten(), expected=True)[1:]
         nats = by_parts(self.model, windows, few, of_part).mean(1)          # (L*levels,)
         steps = nats.view(self.L, -1).diff()

@@ -81,11 +81,11 @@ def fit(s, model, inputs, policy):
     }
     if rank == 0 or config.top_k == 1:
         return fitted
-    progress = Progress('stand-ins', len(experts))
+    progress = Progress('stand-ins')
 
     def fit_layer(layer, x, probs):
         moe = experts[layer]
-        progress(layer + 1, None)
+        progress(layer + 1, len(experts))
         ids, _, left = policy.select(probs, policy(layer, x, probs), moe.weighting)         # (P,width)
         maps = [fit_expert(moe, x, left, ids, n, rank) for n in range(config.n_experts)]
         return [torch.stack(of_experts) for of_experts in zip(*maps)]

@@ -120,14 +120,14 @@ def p_warm(s, model, allocators, batches):
         return loss.item()
     optimizer = torch.optim.AdamW(allocators.parameters(), WARM_LR, weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.warm_steps)
-    progress = Progress('warm start', s.warm_steps)
+    progress = Progress('warm start')
     for step in range(1, s.warm_steps + 1):
         inputs = next(batches)[0]
         optimizer.zero_grad()
         losses = look(model, inputs, learn)                                 # one a layer
         optimizer.step()
         schedule.step()
-        progress(step, step * inputs.numel(), loss=sum(losses) / len(losses))
+        progress(step, s.warm_steps, inputs.numel(), loss=sum(losses) / len(losses))
 
 
 def find_mass(probs, target):
