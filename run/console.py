@@ -155,7 +155,7 @@ def one_line_errors(script, main, argv=None):
         line = 'interrupted; files that were complete before still are'
         status = 130
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):
+        if re.search('MemoryError|out of memory|allocate memory', repr(e)):
             line = 'memory ran out: --stream, a smaller --ppo-batch or --seq need less'
         elif ranks()[1] > 1 and re.search('(?i)connection|nccl|timed out', str(e)):
             line = 'another rank is gone; train.py --resume goes on from the last saved state'

@@ -50,10 +50,9 @@ def ranks():
 
 def gathered(value):
     """[the value of every rank], in order."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 

@@ -37,9 +37,7 @@ def open_run(out):
             except BlockingIOError:
                 raise InputError(f'--out {out}: process {mark.read()} works there: '
                                  f'wait for it, or choose another --out') from None
-            mark.truncate(0)
-            mark.write(str(os.getpid()))
-            mark.flush()
+            (out / MARK).write_text(str(os.getpid()))
             for name in WRITTEN:
                 for path in out.glob(f'{name}.[0-9]*.new'):
                     path.unlink()
@@ -55,15 +53,15 @@ def stop_signals():
     In a thread of a larger program, where Python takes no signals, it stays empty.
     """
     asked = []
-    numbers = signal.SIGINT, signal.SIGTERM
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()
+    old = {}                                                   # {signal: what handled it before}
 
     def note(number, frame):
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-    old = {number: signal.signal(number, note) for number in numbers}
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.SIGINT, signal.SIGTERM:
+            old[number] = signal.signal(number, note)
     try:
         yield asked
     finally:
