@@ -47,23 +47,22 @@ class Muon:
     """Momentum orthogonalised by Newton-Schulz, of all matrices of one shape at once."""
 
     def __init__(self, params):
-        self.groups = collections.defaultdict(list)            # {(m, n): parameters (..,m,n)}
+        self.groups = collections.defaultdict(list)            # {(..,m,n): parameters of this shape}
         for p in params:
-            self.groups[p.shape[-2:]].append(p)
+            self.groups[p.shape].append(p)
         self.averages = collections.defaultdict(lambda: torch.zeros(()))
 
     @torch.no_grad()
     def step(self, lr):
-        for (m, n), params in self.groups.items():
-            parts = [p.grad.view(-1, m, n) for p in params]
-            sizes = list(map(len, parts))
-            grads = torch.cat(parts)
-            average = grads.lerp(self.averages[m, n], MOMENTUM)
-            self.averages[m, n] = average
-            update = orthogonalise(grads.lerp(average, MOMENTUM))
+        for shape, params in self.groups.items():
+            grads = torch.stack([p.grad for p in params])                   # (params,..,m,n)
+            average = grads.lerp(self.averages[shape], MOMENTUM)
+            self.averages[shape] = average
+            updates = orthogonalise(grads.lerp(average, MOMENTUM))
+            m, n = shape[-2:]
             scale = -lr * max(1, m / n) ** 0.5
-            for p, u in zip(params, update.split(sizes)):
-                p.add_(u.view_as(p), alpha=scale)
+            for p, update in zip(params, updates):
+                p.add_(update, alpha=scale)
 
 
 def balance_loss(router_probs, top_k):
