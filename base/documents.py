@@ -154,7 +154,7 @@ def split_documents(documents):
         }
     names = sorted(documents, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     texts = [documents[name] for name in names]
-    tenth = max(1, len(texts) // 10)
+    tenth = len(texts) // 10
     return texts[2 * tenth:], texts[:tenth], texts[tenth:2 * tenth]
 
 

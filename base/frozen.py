@@ -70,9 +70,6 @@ def is_there(folder, recipe, fresh=False):
 
     InputError if another base is there, or one would be replaced that is not this program's alone.
     """
-    if folder.is_symlink() and (fresh or not folder.exists()):
-        raise InputError(f'{folder} is a link, and no base can be learnt into it: '
-                         f'remove it, or choose another --out')
     if not folder.exists():
         return False
     old = read_json(folder / 'recipe.json', {})
@@ -97,6 +94,9 @@ def learn_tokenizer(folder, texts, n_vocab):
     if ranks()[1] > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
+    if folder.is_symlink():
+        raise InputError(f'{folder} is a link, and no base can be learnt into it: '
+                         f'remove it, or choose another --out')
     merges = learn_bpe(texts, n_vocab - 1)
     new = folder.with_name(f'{folder.name}.{os.getpid()}.new')
     new.mkdir()
