@@ -67,9 +67,9 @@ def tokenize(texts, tokenizer, T, name, B=0):
     """
     progress = Progress(f'load {name} text')
     parts = []
-    for i, text in enumerate(texts, 1):
+    for text in texts:
         parts.append(np.array(tokenizer.document(text), np.int32))
-        progress(i, len(texts))
+        progress(len(parts), len(texts))
     lengths = [len(part) for part in parts]
     n = sum(lengths)
     least = (B + 1) * T + 1
@@ -104,12 +104,14 @@ def learn_bpe(texts, n_tokens):
     for word, n in words.items():
         tally(word, n)
     merges = []
-    while len(merges) < n_tokens - 256 and count:
+    for new in range(256, n_tokens):
+        if not count:
+            break
         pair = max(count, key=lambda pair: (count[pair], pair))
         for word in [word for word in words if pair in word]:
             n = words.pop(word)
             tally(word, -n)
-            word = word.replace(pair, chr(256 + len(merges)))
+            word = word.replace(pair, chr(new))
             tally(word, n)
             words[word] = n
         del count[pair]
