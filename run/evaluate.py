@@ -101,6 +101,7 @@ def clustered_error(delta, document):
     The larger of two: of documents, and of parts of documents, since few documents say little about how
     documents differ. `document` (n,): the number of each token's document, one document behind another.
     """
+    document = np.asarray(document)
     place = np.arange(len(delta)) - document.searchsorted(document)        # of a token in its document
     part = place * BLOCKS // len(delta)                        # 0..BLOCKS-1
     return max(jackknife(delta, document), jackknife(delta, document * BLOCKS + part))
