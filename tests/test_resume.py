@@ -49,14 +49,14 @@ def test_killed_at_any_moment_it_ends_the_same(undisturbed, flags, tmp_path):
 
 
 def test_a_polite_stop_saves_first(undisturbed, flags, tmp_path, monkeypatch, capsys):
-    real = train.ppo_step
+    real = train.next_price
     resume = []
     for stop_at, number in (3, signal.SIGTERM), (7, signal.SIGINT):
-        def step(s, step, *args):
-            if step == stop_at:
+        def within_a_step(s, first, log, config):
+            if len(log) + 1 == stop_at:
                 os.kill(os.getpid(), number)
-            return real(s, step, *args)
-        monkeypatch.setattr(train, 'ppo_step', step)
+            return real(s, first, log, config)
+        monkeypatch.setattr(train, 'next_price', within_a_step)
         with pytest.raises(SystemExit) as exit:
             trained(flags, tmp_path, *resume)
         assert exit.value.code == 130
