@@ -91,7 +91,7 @@ def weights_digest(tensors):
     """
     digest = hashlib.sha256()
     for t in tensors:
-        digest.update(raw_bytes(t.detach().cpu().bfloat16().contiguous()))
+        digest.update(raw_bytes(t.cpu().bfloat16()))
     return digest.hexdigest()
 
 

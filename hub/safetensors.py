@@ -30,10 +30,11 @@ def write_safetensors(path, tensors, metadata={}):
     header = {'__metadata__': {'format': 'pt', **metadata}}
     end = 0
     for name, t in tensors.items():
-        begin, end = end, end + t.nbytes
+        begin = end
+        end += t.nbytes
         header[name] = {
             'dtype': NAMES[t.dtype],
-            'shape': list(t.shape),
+            'shape': t.shape,
             'data_offsets': [begin, end],
         }
     head = json.dumps(header).encode()
@@ -43,13 +44,13 @@ def write_safetensors(path, tensors, metadata={}):
         f.write(len(head).to_bytes(8, 'little'))
         f.write(head)
         for t in tensors.values():
-            f.write(raw_bytes(t.detach().contiguous().cpu()))
+            f.write(raw_bytes(t))
     write_whole(path, write)
 
 
 def raw_bytes(t):
-    """The memory of a contiguous CPU tensor as bytes that can be read and written."""
-    return t.reshape(-1).view(torch.uint8).numpy()
+    """The bytes of a tensor; of a contiguous one on the CPU its own memory, to be read and written."""
+    return t.detach().cpu().ravel().view(torch.uint8).numpy()
 
 
 def read_header(path):
@@ -63,7 +64,7 @@ def read_header(path):
         start = 8 + int.from_bytes(f.read(8), 'little')        # of the tensors
         if start > min(size, LONGEST_HEADER):
             raise ValueError(f'a header of {start} bytes in a file of {size}')
-        header = json.loads(f.read(start - 8).decode(), object_pairs_hook=unique_keys)
+        header = json.loads(f.read(start - 8), object_pairs_hook=unique_keys)
         metadata = header.pop('__metadata__', {})
         layout = {}
         end = 0
@@ -108,15 +109,12 @@ def read_into(path, layout, views):
         t = view
         if view.dtype != dtype or view.device.type != 'cpu':
             t = torch.empty(view.shape, dtype=dtype)
-        place = raw_bytes(t)
-        done = 0
-        while done < len(place):                               # the system reads at most 2 GB at once
-            n = os.preadv(f.fileno(), [place[done:]], begin + done)
-            if n == 0:
+        with open(path, 'rb') as f:
+            f.seek(begin)
+            if f.readinto(raw_bytes(t)) < t.nbytes:
                 raise InputError(f'{path}: {name} ends early; fetch the file again')
-            done += n
         if t is not view:
             view.copy_(t)
 
-    with open(path, 'rb') as f, ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READERS) as readers:
         list(readers.map(read, layout.keys() & views.keys()))
