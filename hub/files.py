@@ -6,7 +6,6 @@ hub/safetensors.py.
 import contextlib
 import json
 import os
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -34,7 +33,7 @@ def read_json(path, absent=None):
     if absent is not None and not path.exists():
         return absent
     with reading(path):
-        value = json.loads(path.read_text(encoding='utf-8'))
+        value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
             raise InputError(f'{path}: not a JSON object')
     return value
@@ -47,7 +46,6 @@ def write_whole(path, write):
     """
     if dist.is_initialized() and dist.get_rank():
         return
-    path = Path(path)
     new = path.with_name(f'{path.name}.{os.getpid()}.new')
     try:
         with open(new, 'wb') as f:

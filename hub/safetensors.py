@@ -41,10 +41,8 @@ def write_safetensors(path, tensors, metadata={}):
     head += b' ' * (-len(head) % 8)                            # the tensors begin aligned
 
     def write(f):
-        f.write(len(head).to_bytes(8, 'little'))
-        f.write(head)
-        for t in tensors.values():
-            f.write(raw_bytes(t))
+        f.write(len(head).to_bytes(8, 'little') + head)
+        f.writelines(map(raw_bytes, tensors.values()))         # one after the other
     write_whole(path, write)
 
 
