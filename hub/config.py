@@ -22,18 +22,16 @@ FIELDS = {
     'rms_norm_eps': 'norm_eps',
     'max_position_embeddings': 'max_len',
 }
-# what it means that a file does not say: the base of the rotary angles, the epsilon of the norms
-DEFAULTS = {
-    'mixtral': (1e6, 1e-5),
-    'qwen2_moe': (1e4, 1e-6),
-    'qwen3_moe': (1e4, 1e-6),
-    'olmoe': (1e4, 1e-5),
-    'deepseek': (1e4, 1e-6),
-}
 EXPERTS = 'num_local_experts', 'num_experts', 'n_routed_experts'     # one thing, spelled in three ways
 # what decides about the computation, and the values for which model.py computes the same
 SUPPORTED = {
-    'model_type': tuple(DEFAULTS),
+    'model_type': (
+        'mixtral',
+        'qwen2_moe',
+        'qwen3_moe',
+        'olmoe',
+        'deepseek',
+    ),
     'quantization_config': (None, {}),
     'hidden_act': (None, 'silu', 'swish'),
     'clip_qkv': (None,),
@@ -102,14 +100,13 @@ def from_hf(hf):
             raise InputError(f'config.json: {name} {value!r:.60} is not supported, only {known}')
 
     family = hf['model_type']
-    theta, eps = DEFAULTS[family]
     heads = get('num_attention_heads')
-    defaults = {
+    defaults = {                            # what a file of the family means that does not say it
         'num_key_value_heads': heads,
         'head_dim': get('hidden_size') // heads,
         'tie_word_embeddings': False,
-        'rope_theta': theta,
-        'rms_norm_eps': eps,
+        'rope_theta': 1e6 if family == 'mixtral' else 1e4,
+        'rms_norm_eps': 1e-5 if family in ('mixtral', 'olmoe') else 1e-6,
     }
     fields = {ours: get(theirs, defaults.get(theirs)) for theirs, ours in FIELDS.items()}
     c = Config(model_type=family, **fields)
@@ -167,9 +164,8 @@ def token_ids(values, name, where):
     return ids
 
 
-def to_hf(config):
-    """The hub config.json (a dict) of a mixtral model, as transformers reads it."""
-    c = config
+def to_hf(c):
+    """The hub config.json (a dict) of a mixtral model, from its Config c, as transformers reads it."""
     assert c.model_type == 'mixtral', c.model_type
     return {
         'architectures': ['MixtralForCausalLM'],
