@@ -10,7 +10,7 @@ import regex
 import torch
 
 from hub.files import InputError
-from hub.tokenizer import byte_characters
+from hub.tokenizer import BYTE_OF_CHARACTER
 from run.console import Progress
 
 SEPARATOR = '<|endoftext|>'     # behind every document
@@ -121,7 +121,7 @@ def learn_bpe(texts, n_tokens):
 
 def tokenizer_json(merges):
     """The hub's tokenizer.json of a byte-level BPE: bytes 0-255, the merges, then SEPARATOR."""
-    pieces = byte_characters()
+    pieces = list(BYTE_OF_CHARACTER)
     for a, b in merges:
         pieces.append(pieces[a] + pieces[b])
     separator = {

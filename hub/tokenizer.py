@@ -10,7 +10,6 @@ give other ids.
 import codecs
 import itertools
 import json
-import re
 import unicodedata
 
 import regex
@@ -21,34 +20,34 @@ from hub.files import InputError, read_json, reading
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# The steps of the six families, spelled as in their files with the options in the order of the alphabet.
-NORMALIZERS = {                 # text -> text
-    '{"type": "NFC"}':
+# What the six families do, spelled as in their files with the options in the order of the alphabet.
+NORMALIZERS = {                 # all steps: text -> text; \u2581 is the ▁ that stands for a space
+    '[]':
+        lambda text: text,
+    '[{"type": "NFC"}]':
         lambda text: unicodedata.normalize('NFC', text),
-    '{"prepend": "▁", "type": "Prepend"}':
-        lambda text: text and '▁' + text,
-    '{"content": "▁", "pattern": {"String": " "}, "type": "Replace"}':
-        lambda text: text.replace(' ', '▁'),
+    r'[{"prepend": "\u2581", "type": "Prepend"}, '
+    r'{"content": "\u2581", "pattern": {"String": " "}, "type": "Replace"}]':
+        lambda text: text and '▁' + text.replace(' ', '▁'),
 }
-PRE_TOKENIZERS = {              # the pattern whose matches become pieces, as what lies between them does
+PRE_TOKENIZERS = {              # step: the pattern whose matches become pieces, as does what lies between
     '{"individual_digits": true, "type": "Digits"}': r'\p{N}',
     '{"add_prefix_space": false, "type": "ByteLevel"}': GPT2_PATTERN,
     '{"add_prefix_space": false, "type": "ByteLevel", "use_regex": true}': GPT2_PATTERN,
     '{"add_prefix_space": false, "type": "ByteLevel", "use_regex": false}': '',
 }
-SPLIT = re.compile(
-    r'\{"behavior": "Isolated", "invert": false, "pattern": \{"Regex": ".*"\}, "type": "Split"\}')
+SPLIT = r'\{"behavior": "Isolated", "invert": false, "pattern": \{"Regex": ".*"\}, "type": "Split"\}'
 ORDER = '(((Split|Digits) )*ByteLevel)?'
 # of a model what changes no id: all bytes have tokens, nothing is unknown
 NO_OPTIONS = 'type', 'vocab', 'merges', 'unk_token', 'fuse_unk'
 
 # The patterns of tokenizer.json are written for Oniguruma. What is in here means the same to `regex`, with
 # MULTILINE: no classes within classes, no &&, \w, \h, no groups that have a number or options but i.
-SAME_PATTERN = regex.compile(r'''(?x) (?:
+SAME_PATTERN = r'''(?x) (?:
       \\ (?: p\{[LMNPSZ][a-z]?\} | [sSrnt] | [^\w\s] )                               # an escape
     | \[ \^? (?: \\ (?: p\{[LMNPSZ][a-z]?\} | [sSrnt] | [^\w\s] ) | (?!&&)[^][\\] )+ \]     # a class
     | \( \? (?: i?: | = | ! )  |  [)|*+?$.]  |  \{ \d+ (?: ,\d* )? \} (?! \+ )
-    | [^][(){}\\^$*+?|.] )*''')
+    | [^][(){}\\^$*+?|.] )*'''
 
 
 class Tokenizer:
@@ -62,18 +61,20 @@ class Tokenizer:
     def __init__(self, folder):
         path = folder / 'tokenizer.json'
         hf = read_json(path)
+        self.byte_level = 'ByteLevel' in str(hf.get('pre_tokenizer'))
+        byte_of = BYTE_OF_CHARACTER if self.byte_level else BYTE_OF_TOKEN
         self.library = None
         self.front = []
         with reading(path):
             try:
-                self.read_steps(hf)
+                self.read_steps(hf, byte_of)
             except Exception as what:
                 self.hand_over(path, what)
-            self.byte_level = 'ByteLevel' in str(hf.get('decoder') or hf.get('pre_tokenizer'))
-            self.bytes_of_id = {i: spelt(piece, self.byte_level) for piece, i in self.ids.items()}
-            for token in hf.get('added_tokens', []):
-                content = token['content']
-                self.bytes_of_id[self.ids[content]] = content.encode()
+            added = {token['content'] for token in hf.get('added_tokens', [])}
+            self.bytes_of_id = {
+                i: piece.encode() if piece in added else spelt(piece.replace('▁', ' '), byte_of)
+                for piece, i in self.ids.items()
+            }
         self.read_ends(folder)
 
     def hand_over(self, path, what):
@@ -89,32 +90,29 @@ class Tokenizer:
         found = self.library.encode('a.')
         self.front = found.ids[:found.sequence_ids.index(0)]
 
-    def read_steps(self, hf):
+    def read_steps(self, hf, byte_of):
         """Set what turns text into ids.
 
         What the six families do not have is an error of one kind or another, never left out.
         """
-        self.normalizers = [
-            modelled(step, NORMALIZERS)
-            for step in steps_of(hf.get('normalizer'))
-        ]
-        steps = steps_of(hf.get('pre_tokenizer'))
+        steps = steps_of(hf, 'normalizer', 'normalizers')
+        self.normalise = NORMALIZERS[json.dumps(steps, sort_keys=True)]
+        steps = steps_of(hf, 'pre_tokenizer', 'pretokenizers')
         kinds = ' '.join(step['type'] for step in steps)
         self.splits = []
         for step in steps:
-            pattern = modelled(step, PRE_TOKENIZERS)
+            pattern = pattern_of(step)
             if pattern:
                 self.splits.append(regex.compile(f'({pattern})', regex.MULTILINE).split)
-        if not re.fullmatch(ORDER, kinds):
+        if not regex.fullmatch(ORDER, kinds):
             raise ValueError(f'the pre_tokenizer {kinds}')
         self.ids = hf['model']['vocab']
-        byte_level = 'ByteLevel' in kinds
         options = [name for name, value in hf['model'].items() if value and name not in NO_OPTIONS]
-        if options != ([] if byte_level else ['byte_fallback']):
+        if options != ([] if self.byte_level else ['byte_fallback']):
             raise ValueError(f'a model with the options {options}')
         if sorted(self.ids.values()) != list(range(len(self.ids))):
             raise ValueError('a vocabulary whose ids are not 0, 1, 2, ...')
-        ids_of = ids_of_bytes(self.ids, hf['model']['merges'], byte_level)
+        ids_of = ids_of_bytes(self.ids, hf['model']['merges'], byte_of)
         self.ids_of_rank = list(ids_of.values())
         self.engine = tiktoken.Encoding(
             'pieces',
@@ -123,12 +121,9 @@ class Tokenizer:
             special_tokens={},
         )
         self.read_added(hf.get('added_tokens', []))
-        for step in steps_of(hf.get('post_processor')):
-            if step['type'] == 'ByteLevel':             # it moves offsets only
-                continue
-            for part in step['single'][:-1]:
-                name = part['SpecialToken']['id']
-                self.front += [self.ids[token] for token in step['special_tokens'][name]['tokens']]
+        for step in steps_of(hf, 'post_processor', 'processors'):
+            if step['type'] != 'ByteLevel':             # which moves offsets only
+                self.front += [self.ids[part['SpecialToken']['id']] for part in step['single'][:-1]]
 
     def read_added(self, tokens):
         """The added tokens, numbered as by the library, whatever their `id` says."""
@@ -165,19 +160,21 @@ class Tokenizer:
             stops = stops or token_ids(read_json(path, {}), 'eos_token_id', path)
         path = folder / 'tokenizer_config.json'
         ours = read_json(path, {})
+
+        def named(key):
+            """The id, in a list, of a token that is a string or an object there; none of None."""
+            token = ours.get(key)
+            if isinstance(token, dict):
+                token = token.get('content')
+            return [] if token is None else [self.ids[token]]
         with reading(path):
-            bos = self.named(ours.get('bos_token'))
-            eos = self.named(ours.get('eos_token'))
+            bos = named('bos_token')
+            eos = named('eos_token')
         if ours.get('add_bos_token') and not self.front:
             self.front = bos
-        [self.eos] = (eos or stops or [None])[:1]
+        self.eos = next(iter(eos or stops), None)
         self.stops = set(stops or eos)
-        self.marks = {*self.front, *self.stops, self.eos} - {None}
-
-    def named(self, token):
-        """The id, in a list, of a token of tokenizer_config.json, a string or an object; none of None."""
-        content = token.get('content') if isinstance(token, dict) else token
-        return [] if content is None else [self.ids[content]]
+        self.marks = {*self.front, *self.stops, self.eos}
 
     # ------------------------------------------------------------ text to ids
 
@@ -202,11 +199,6 @@ class Tokenizer:
                 yield text[at:found.start()], [i]
                 at = found.end()
         yield text[at:], []
-
-    def normalise(self, text):
-        for step in self.normalizers:
-            text = step(text)
-        return text
 
     def plain(self, text):
         """The ids of a part of a text without added tokens."""
@@ -249,49 +241,48 @@ class Tokenizer:
 
 # ================================================================ how files spell it
 
-def byte_characters():
-    """GPT-2's printable stand-in for each byte, as tokenizer.json spells pieces: 65 -> 'A', 32 -> 'Ġ'."""
+def byte_of_character():
+    """{character: byte} by GPT-2's printable stand-ins, as tokenizer.json spells pieces: 'A' 65, 'Ġ' 32."""
     others = itertools.count(256)
-    names = []
+    byte_of = {}
     for b in range(256):
         visible = chr(b).isprintable() and chr(b) != ' '
-        names.append(chr(b if visible else next(others)))
-    return names
+        character = chr(b if visible else next(others))
+        byte_of[character] = bytes([b])
+    return byte_of
 
 
-BYTE_OF_CHARACTER = {name: bytes([b]) for b, name in enumerate(byte_characters())}
+BYTE_OF_CHARACTER = byte_of_character()
 BYTE_OF_TOKEN = {f'<0x{b:02X}>': bytes([b]) for b in range(256)}       # SentencePiece's byte tokens
 
 
-def spelt(piece, byte_level):
-    """The bytes of a piece of the vocabulary."""
-    if byte_level:
-        return b''.join(BYTE_OF_CHARACTER.get(c, c.encode()) for c in piece)
-    return BYTE_OF_TOKEN.get(piece, piece.replace('▁', ' ').encode())
+def spelt(piece, byte_of):
+    """The bytes of a piece of the vocabulary; byte_of: one of the two tables above."""
+    return byte_of.get(piece) or b''.join(byte_of.get(c, c.encode()) for c in piece)
 
 
-def steps_of(step):
+def steps_of(hf, part, sequence):
     """The steps of a part of tokenizer.json: one, those of a sequence, or none."""
+    step = hf.get(part)
     if not step:
         return []
-    if step['type'] != 'Sequence':
-        return [step]
-    [inner] = [value for value in step.values() if value != 'Sequence']
-    return inner
+    return step.get(sequence, [step])
 
 
-def modelled(step, table):
-    """What a step does, by the table of those that are modelled; of a Split, its pattern."""
+def pattern_of(step):
+    """The pattern of a step of the pre-tokenizer, if it is modelled."""
     step.pop('trim_offsets', None)                      # it changes no id
-    spelling = json.dumps(step, sort_keys=True, ensure_ascii=False)
-    if SPLIT.fullmatch(spelling) and SAME_PATTERN.fullmatch(step['pattern']['Regex']):
-        return step['pattern']['Regex']
-    return table[spelling]
+    spelling = json.dumps(step, sort_keys=True)
+    if regex.fullmatch(SPLIT, spelling):
+        pattern = step['pattern']['Regex']
+        if regex.fullmatch(SAME_PATTERN, pattern):
+            return pattern
+    return PRE_TOKENIZERS[spelling]
 
 
 # ================================================================ merging
 
-def ids_of_bytes(vocab, merges, byte_level):
+def ids_of_bytes(vocab, merges, byte_of):
     """{bytes: ids} in the order in which tiktoken is to merge: two neighbours become the first that is here.
 
     Several ids where a character has no token: those of its bytes. A character must be whole before it merges
@@ -299,22 +290,17 @@ def ids_of_bytes(vocab, merges, byte_level):
     prefixes. By definition pairs are merged, while tiktoken knows only what comes out: that is the same where
     all merges to a word stand together, and parts of it are there before it, as in what was learnt.
     """
-    byte_of = BYTE_OF_CHARACTER if byte_level else BYTE_OF_TOKEN
     ids_of = {byte: [vocab.get(name)] for name, byte in byte_of.items()}
-    for piece in [] if byte_level else vocab:
-        if len(piece) == 1:
-            utf8 = piece.encode()
-            for n in range(2, len(utf8)):
-                ids_of[utf8[:n]] = ids_of[utf8[:n - 1]] + ids_of[utf8[n - 1:n]]
-            ids_of[utf8] = [vocab[piece]]
-
-    def key(piece):
-        return spelt(piece, True) if byte_level else piece.encode()
-
+    made = {piece for piece in vocab if len(piece) == 1}
+    for character in made:
+        utf8 = spelt(character, byte_of)
+        for n in range(2, len(utf8)):
+            ids_of[utf8[:n]] = ids_of[utf8[:n - 1]] + ids_of[utf8[n - 1:n]]
+        ids_of[utf8] = [vocab[character]]
     pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges]
     for word, parts in itertools.groupby(pairs, ''.join):
-        made = any(key(left) in ids_of and key(right) in ids_of for left, right in parts)
-        if not made or key(word) in ids_of:
+        if word in made or not any({left, right} <= made for left, right in parts):
             raise ValueError(f'the place of the merges to {word}')
-        ids_of[key(word)] = [vocab[word]]
+        made.add(word)
+        ids_of[spelt(word, byte_of)] = [vocab[word]]
     return ids_of
