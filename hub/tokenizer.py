@@ -106,13 +106,14 @@ class Tokenizer:
                 self.splits.append(regex.compile(f'({pattern})', regex.MULTILINE).split)
         if not regex.fullmatch(ORDER, kinds):
             raise ValueError(f'the pre_tokenizer {kinds}')
-        self.ids = hf['model']['vocab']
-        options = [name for name, value in hf['model'].items() if value and name not in NO_OPTIONS]
+        model = hf['model']
+        options = [name for name, value in model.items() if value and name not in NO_OPTIONS]
         if options != ([] if self.byte_level else ['byte_fallback']):
             raise ValueError(f'a model with the options {options}')
+        self.ids = model['vocab']
         if sorted(self.ids.values()) != list(range(len(self.ids))):
             raise ValueError('a vocabulary whose ids are not 0, 1, 2, ...')
-        ids_of = ids_of_bytes(self.ids, hf['model']['merges'], byte_of)
+        ids_of = ids_of_bytes(self.ids, model['merges'], byte_of)
         self.ids_of_rank = list(ids_of.values())
         self.engine = tiktoken.Encoding(
             'pieces',
