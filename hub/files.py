@@ -34,9 +34,7 @@ def read_json(path, absent=None):
         return absent
     with reading(path):
         value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise InputError(f'{path}: not a JSON object')
-    return value
+        return {**value}                                       # an error of a list, a number, ..
 
 
 def write_whole(path, write):
