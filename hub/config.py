@@ -92,7 +92,7 @@ def from_hf(hf):
     Without eos, which is the tokenizer's.
     """
     # transformers 4 and 5 keep what belongs to the rotary angles in an object of its own
-    hf = {**hf, **field(hf, 'rope_parameters', {}), **field(hf, 'rope_scaling', {})}
+    hf = hf | field(hf, 'rope_parameters', {}) | field(hf, 'rope_scaling', {})
     get = partial(field, hf)
     for name, known in SUPPORTED.items():
         value = hf.get(name)

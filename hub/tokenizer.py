@@ -42,7 +42,7 @@ ORDER = '(((Split|Digits) )*ByteLevel)?'
 NO_OPTIONS = 'type', 'vocab', 'merges', 'unk_token', 'fuse_unk'
 
 # The patterns of tokenizer.json are written for Oniguruma. What is in here means the same to `regex`, with
-# MULTILINE: no classes within classes, no &&, \w, \h, no groups that have a number or options but i.
+# (?m): no classes within classes, no &&, \w, \h, no groups that have a number or options but i.
 SAME_PATTERN = r'''(?x) (?:
       \\ (?: p\{[LMNPSZ][a-z]?\} | [sSrnt] | [^\w\s] )                               # an escape
     | \[ \^? (?: \\ (?: p\{[LMNPSZ][a-z]?\} | [sSrnt] | [^\w\s] ) | (?!&&)[^][\\] )+ \]     # a class
@@ -103,7 +103,7 @@ class Tokenizer:
         for step in steps:
             pattern = pattern_of(step)
             if pattern:
-                self.splits.append(regex.compile(f'({pattern})', regex.MULTILINE).split)
+                self.splits.append(regex.compile(f'(?m)({pattern})').split)
         if not regex.fullmatch(ORDER, kinds):
             raise ValueError(f'the pre_tokenizer {kinds}')
         model = hf['model']
