@@ -59,12 +59,10 @@ def reward_to_go(reward, discount, document):
     that of the whole sequence's reward; below 1 it misses some of it and has less noise, which comes from
     the later tokens' own decisions. Example: (1, 2, 4) with discount .5 -> (1 + 1 + 1, 2 + 2, 4) = (3, 4, 4).
     """
-    if discount == 0:
-        return reward
     credit = reward.clone()
     same = document[:, 1:] == document[:, :-1]                                  # (B,T-1)
-    carry = discount * same
-    for t in range(reward.shape[-1] - 2, -1, -1):
+    carry = discount * same                                                     # (B,T-1)
+    for t in reversed(range(carry.shape[1])):
         credit[..., t] += carry[:, t] * credit[..., t + 1]
     return credit
 
@@ -95,15 +93,14 @@ def clipped_loss(logp, logp_old, adv, eps):
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - eps, 1 + eps)
     loss = -torch.min(ratio * adv, clipped * adv).mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > eps).float().mean()
+    approx_kl = (ratio - 1 - logratio).mean()
+    clipfrac = ((ratio - 1).abs() > eps).float().mean()
     return loss, {'approx_kl': approx_kl, 'clipfrac': clipfrac}
 
 
 def expected_k(logits):
     """sum_n n P(n), the exact mean of k under the policy: (..,A) -> (..)."""
-    n = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    n = torch.arange(1, logits.shape[-1] + 1).to(logits)                        # (A,)
     return F.softmax(logits, dim=-1) @ n
 
 
@@ -120,5 +117,5 @@ def ppo_loss(logits, k, logp_old, adv, price, eps, entropy_bonus=0.0):
     mean_k = expected_k(logits).mean()
     entropy = -(logp_all.exp() * logp_all).sum(-1).mean()
     loss = surrogate + price * mean_k - entropy_bonus * entropy
-    stats.update(loss=loss.detach(), mean_k=mean_k.detach(), entropy=entropy.detach())
+    stats.update(loss=loss, mean_k=mean_k, entropy=entropy)
     return loss, stats
