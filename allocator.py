@@ -12,6 +12,7 @@ Every policy is a small class with `k_max` and `__call__(layer, x, probs) -> k`,
 A knob is calibrated on one split of the text to a wanted mean k (`find_knob`) and reported on another.
 """
 import json
+import math
 
 import torch
 import torch.nn as nn
@@ -23,16 +24,11 @@ from hub.safetensors import read_safetensors, write_safetensors
 
 
 class Policy:
-    """What every policy is: k_max, the most experts it may choose, and the choice itself.
+    """What policies share; each brings k_max, the most experts it may choose, and `__call__`, the choice.
 
     fitted: what was fitted for it, for the model that follows it to run with (run/standins.py:use).
     """
-    k_max = 1
     fitted = {}
-
-    def __call__(self, layer, x, probs):
-        """k (P,) int64 in 1..k_max of the tokens x (P,C) with router probabilities (P,N)."""
-        raise NotImplementedError
 
     def select(self, probs, k, how):
         """ids, weights and left (P,width) of the experts (moe_dispatch.py:select)."""
@@ -58,13 +54,12 @@ class RandomMix(Policy):
     """
 
     def __init__(self, mean_k):
-        self.low = int(mean_k)
-        self.high_share = mean_k - self.low
-        self.k_max = self.low + (self.high_share > 0)
+        self.mean_k = mean_k
+        self.k_max = math.ceil(mean_k)
 
     def __call__(self, layer, x, probs):
-        high = torch.rand(len(x), device=x.device) < self.high_share        # (P,) bool
-        return self.low + high.long()
+        high = torch.rand(len(x), device=x.device) < self.mean_k % 1        # (P,) bool
+        return int(self.mean_k) + high.long()
 
 
 class TopP(Policy):
@@ -278,9 +273,6 @@ class Watched(Policy):
         self.look(layer, x, probs, k)
         return k
 
-    def select(self, probs, k, how):
-        return self.policy.select(probs, k, how)
-
 
 class Counted(Watched):
     """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer."""
@@ -295,17 +287,16 @@ class Counted(Watched):
     def mean_by_layer(self):
         """(L,)"""
         counts = self.counts.cpu()
-        k = torch.arange(self.k_max + 1)
-        return (counts * k).sum(1) / counts.sum(1)
+        return counts @ torch.arange(self.k_max + 1) / counts.sum(1)
 
     def mean(self):
         return self.mean_by_layer().mean().item()
 
     def mean_left(self, top_k):
         """How many of its top_k experts a token does not run, on average."""
-        counts = self.counts.cpu().sum(0)
+        counts = self.counts.cpu().sum(0)                                   # (k_max+1,)
         left = (top_k - torch.arange(self.k_max + 1)).clamp_min(0)
-        return ((counts * left).sum() / counts.sum()).item()
+        return (counts @ left / counts.sum()).item()
 
 
 def find_knob(mean_k, target, low, high, most):
