@@ -154,8 +154,8 @@ class Allocators(nn.Module):
         return (self.raw(x, probs) - self.mean[layer]) / self.std[layer]
 
     def logits(self, layer, z):
-        """(P,n_in) -> (P,k_max) fp32; of all layers with layer = slice(None): (L,P,n_in) -> (L,P,k_max)."""
-        return z.float() @ self.weight[layer].mT + self.bias[layer].unsqueeze(-2)
+        """Of one layer: z (P,n_in) -> (P,k_max) fp32."""
+        return z.float() @ self.weight[layer].T + self.bias[layer]
 
     def n_params(self):
         """Trained weights, the number that the paper reports."""

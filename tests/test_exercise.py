@@ -35,7 +35,7 @@ def test_ppo_step_goes_down_the_gradient_of_ppo_loss():
     credit = ppo.reward_to_go(reward, s.discount, document)
     adv = ppo.group_advantage(credit.flatten(1)).flatten()
     for _ in range(2):
-        logits = ours.logits(slice(None), rollout.z)                        # (L,G*P,A)
+        logits = torch.stack([ours.logits(layer, z) for layer, z in enumerate(rollout.z)])  # (L,G*P,A)
         loss, stats = ppo.ppo_loss(logits, rollout.k, rollout.logp, adv, 0.1, train.CLIP, 0.02)
         our_sgd.zero_grad()
         loss.backward()
