@@ -24,7 +24,7 @@ from hub.files import InputError, write_whole
 from hub.tokenizer import Tokenizer
 from run.console import one_line_errors, open_out
 from run.evaluate import flops_shares
-from run.rules import SkipFamilies
+from run.rules import SkipFamilies, look
 from study.policies import open_policy
 from study.study import DEAREST, parser
 
@@ -50,26 +50,22 @@ def explore(model, tokenizer, ids, T, allocators):
     ids = torch.tensor(ids, device=model.device)
     windows = F.pad(ids, (0, -n % T)).view(-1, T)                           # padding is behind all tokens
 
-    def read(policy, see):
-        """What see(layer, x, probs, k) gives of each layer and token (L,n,..), and the last states (n,C)."""
-        seen = []
-        watched = Watched(policy, lambda *decision: seen.append(see(*decision).cpu()))
-        torch.manual_seed(0)                                   # for the policy that draws
-        states = model.hidden(windows, watched)                             # (m,T,C)
-        return torch.stack(seen)[:, :n], states.flatten(0, 1)[:n]
-
     def row(policy):
         """What the page shows of a policy: mean k, losses in nats, k (L,n), the most probable next tokens.
 
         A token's loss is that of predicting the token behind it; the last one has none.
         """
-        k, states = read(policy, lambda layer, x, probs, k: k)
+        decisions = []                                         # (layer, x, probs, k) of every layer
+        watched = Watched(policy, lambda *decision: decisions.append(decision))
+        torch.manual_seed(0)                                   # for the policy that draws
+        states = model.hidden(windows, watched).flatten(0, 1)[:n]           # (n,C)
+        k = torch.stack([k[:n] for *_, k in decisions]).cpu()               # (L,n)
         logits = model.lm_head(states).float()                              # (n,V)
         losses = -ppo.next_token_logp(logits[:-1], ids[1:])                 # (n-1,)
         best, guesses = logits.softmax(-1).topk(SHOWN)                      # (n,SHOWN) both
         tally = Counted(policy, len(k))
         tally.counts.scatter_add_(1, k, torch.ones_like(k))
-        return {
+        shown = {
             **flops_shares(config, tally, T, standins.rank_in(model)),
             'loss': losses.mean().item(),
             'k': packed(k),
@@ -80,15 +76,15 @@ def explore(model, tokenizer, ids, T, allocators):
             ],
             'sure': packed(100 * best),
         }
+        if isinstance(policy, AdaK):
+            choices = [
+                F.linear(allocators.raw(x, probs), *policy.maps[layer]).softmax(-1)
+                for layer, x, probs, _ in decisions
+            ]
+            shown['choices'] = packed(100 * torch.stack(choices)[:, :n])    # (L,n,k_max)
+        return shown
 
-    def calibrated(mean_k, policy_of, low, high):
-        """The row of policy_of(knob) with this mean k on the passage; low, high as for find_knob."""
-        def measured(knob):
-            return row(policy_of(knob))['mean_k']
-        knob = find_knob(measured, mean_k, low, high, policy_of(high).k_max)
-        return {'knob': knob, **row(policy_of(knob))}
-
-    families = SkipFamilies(model, [windows, windows])
+    families = SkipFamilies(model, [windows])
     dials = {                   # the policy of a knob, the knobs of 1 expert and of all that it may run
         'ada-k': (partial(AdaK, allocators), DEAREST, -DEAREST),
         'skip': (partial(families.policy, 'per layer'), 1, K),
@@ -97,24 +93,20 @@ def explore(model, tokenizer, ids, T, allocators):
     }
     mean_ks = np.linspace(1, K, BUDGETS)
     rows = {}
-    for name, dial in dials.items():
-        rows[name] = [calibrated(mean_k, *dial) for mean_k in mean_ks]
+    for name, (policy_of, low, high) in dials.items():
+        def measured(knob):
+            return row(policy_of(knob))['mean_k']
+        most = policy_of(high).k_max
+        knobs = [find_knob(measured, mean_k, low, high, most) for mean_k in mean_ks]
+        rows[name] = [{'knob': knob, **row(policy_of(knob))} for knob in knobs]
         mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]      # of all others
 
-    for of_budget in rows['ada-k']:
-        ada = AdaK(allocators, of_budget['knob'])
-
-        def choices(layer, x, probs, k):
-            logits = F.linear(allocators.raw(x, probs), *ada.maps[layer])
-            return 100 * logits.softmax(-1)
-        of_budget['choices'] = packed(read(ada, choices)[0])
-
-    def routed(layer, x, probs, k):
+    def routed(layer, x, probs):
         return 100 * probs.topk(min(SHOWN, config.n_experts)).values
     return {
         'K': K,
         'top-k': row(TopK(K)),
-        'router': packed(read(TopK(K), routed)[0]),
+        'router': packed(torch.stack(look(model, windows, routed))[:, :n]),
         'policies': rows,
     }
 
