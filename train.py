@@ -110,7 +110,6 @@ PRESETS = {
         seq=64,
         n_layers=2,
         dim=32,
-        n_heads=2,
         top_k=4,
         expert_dim=16,
         base_steps=20,
@@ -136,7 +135,6 @@ PAPER = dict(
 
 CLIP = 0.2              # eps of eq. 7, 8
 PRICE_RATE = 0.1        # relative change of the price per step and unit of (mean k - target) / K
-PRICE_DAMPING = 1.0     # and of what the last step alone says
 
 
 # ================================================================ PPO (eq. 4-11)
@@ -152,21 +150,20 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     # rollout (eq. 4, 5): the tokens G times with sampled k, and once with the model's own K
     rollout = Rollout(allocators, noise, model.dtype)
     with torch.no_grad():
-        reward, reward_topk = rollout_reward(s, model, inputs, targets, rollout)    # (G,B,T), (B,T)
+        reward = rollout_reward(s, model, inputs, targets, rollout)         # (1+G,B,T), top-k first
 
     # advantage (eq. 6, 9): credit over time, then against the other rollouts of a token, or against top-k
-    credit = ppo.reward_to_go(reward, s.discount, document).flatten(1)      # (G,P)
+    credit = ppo.reward_to_go(reward, s.discount, document).flatten(1)      # (1+G,P)
     if s.group > 1:
-        adv = ppo.group_advantage(credit)
+        adv = ppo.group_advantage(credit[1:])
     else:
-        credit_topk = ppo.reward_to_go(reward_topk[None], s.discount, document)
-        adv = ppo.topk_advantage(credit, credit_topk.flatten(1))
+        adv = ppo.topk_advantage(credit[1:], credit[0])
     adv = adv.flatten()                                                     # (G*P,) the same for all layers
 
     # update (eq. 7, 8, 10, 11), layer by layer: the language model is not run again
     if not s.paper:
         optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
-    of_rollout = {'reward': reward.mean().item(), 'adv_std': adv.std().item()}
+    of_rollout = {'reward': reward[1:].mean().item(), 'adv_std': adv.std().item()}
     for _ in range(s.epochs):
         optimizer.zero_grad()
         stats = []
@@ -189,19 +186,20 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
 def next_price(s, first, log, config):
     """The price of an expert in the next step: up while the most probable k are too many, down while too few.
 
-    In nats; moved in proportion to the mean k that is too much, as it was in all steps and in the last one.
-    It stays within a factor of ten of the first price, so that a budget out of reach does no harm.
+    In nats; moved in proportion to the mean k that is too much, as it was in all steps and, ten times as
+    strongly, against swings, in the last one. It stays within a factor of ten of the first price, so that a
+    budget out of reach does no harm.
     """
     if s.price is not None or not log:
         return first
     target = target_k(s, config)
     misses = [(row['argmax_k'] - target) / config.top_k for row in log]
-    change = PRICE_RATE * sum(misses) + PRICE_DAMPING * misses[-1]
+    change = PRICE_RATE * sum(misses) + misses[-1]
     return first * min(10, max(0.1, math.exp(change)))
 
 
 def rollout_reward(s, model, inputs, targets, rollout):
-    """Rewards in nats: (G,B,T) of inputs (B,T) G times with sampled k, and (B,T) of the model's own K.
+    """Rewards in nats, (1+G,B,T): of inputs (B,T) with the model's own K, then G times with sampled k.
 
     What is expected is expected under the best static k that the allocators may choose: K, or s.beyond more.
     """
@@ -209,8 +207,7 @@ def rollout_reward(s, model, inputs, targets, rollout):
     teacher = TopK(rollout.k_max) if expected else None
     times = {teacher: 1, rollout: s.group}
     reward = rewards_under(model, inputs, targets, times, expected)         # (1+G,P)
-    reward = reward.unflatten(1, inputs.shape)                              # (1+G,B,T)
-    return reward[1:], reward[0]
+    return reward.unflatten(1, inputs.shape)
 
 
 def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_step=ppo_step):

@@ -99,8 +99,8 @@ def test_rollout_and_reward(family, reward, monkeypatch):
     allocators = made(Allocators, model.config, 4, True)
     noise = torch.rand(len(model.config.moe_layers), 2 * 24, device='cuda')
     rollout = Rollout(allocators, noise, torch.float)
-    found, _ = train.rollout_reward(s, model, tokens, tokens, rollout)
-    credit = ppo.reward_to_go(found, 0.9, tokens)              # (G,B,T)
+    found = train.rollout_reward(s, model, tokens, tokens, rollout)
+    credit = ppo.reward_to_go(found, 0.9, tokens)              # (1+G,B,T)
     assert credit.device.type == rollout.k.device.type == 'cuda'
 
 

@@ -193,4 +193,4 @@ def test_rollout_rewards_are_those_of_separate_passes(reward):
     else:
         right = ppo.next_token_logp(logits, targets)
         right_topk = ppo.next_token_logp(topk, targets)
-    torch.testing.assert_close(found, (right.expand(2, -1, -1), right_topk), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.stack([right_topk, right, right]), rtol=1e-4, atol=1e-4)
