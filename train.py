@@ -353,9 +353,9 @@ def parse(argv, doc=__doc__):
     p.add_argument('--ppo-steps', type=int, help='PPO steps (default 150)')
     p.add_argument('--ppo-batch', type=int, help='sequences of a rollout (default 16)')
     given = vars(p.parse_args(argv))
-    recipe = dict(PAPER) if 'paper' in given else {}
+    recipe = PAPER if 'paper' in given else {}
     if 'budget' in given:
-        recipe['price'] = None                                 # the published recipe at a wanted budget
+        given['price'] = None                                  # the published recipe at a wanted budget
     s = Settings(**{**PRESETS[given['preset']], **recipe, **given})
     check_settings(s)
     s.device = open_device(given.get('device'), s.ckpt)
