@@ -73,6 +73,7 @@ class TopP(Policy):
         self.k_max = n_experts
 
     def __call__(self, layer, x, probs):
+        """k (P,) by the probabilities (P,N) of the tokens alone."""
         return mass_labels(probs, self.p)
 
 
@@ -96,6 +97,7 @@ class Skip(Policy):
         self.k_max = top_k
 
     def __call__(self, layer, x, probs):
+        """k (P,) by the probabilities (P,N) of the tokens and the layer's beta."""
         beta = self.beta[layer] if isinstance(self.beta, list) else self.beta
         p = probs.topk(self.k_max, dim=-1).values                           # (P,K)
         return 1 + (tail_ratios(p) > beta).sum(-1)

@@ -29,7 +29,7 @@ def blanked(source, exercise):
     function = ast.parse(source)
     for name in exercise['function'].split('.'):
         function = next(node for node in function.body if getattr(node, 'name', '') == name)
-    body = function.body[ast.get_docstring(function) is not None:]
+    body = function.body[1:]                                   # behind the docstring
     kind = getattr(ast, exercise.get('from', 'stmt'))
     start = next(statement for statement in body if isinstance(statement, kind))
     lines = source.splitlines(keepends=True)
@@ -66,13 +66,12 @@ def check(exercise, folder):
     pytest = [sys.executable, *'-m pytest -x -q --tb=short --color=no'.split(), *exercise['tests']]
     done = subprocess.run(pytest, cwd=folder, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
-    if done.returncode == 0:
-        print(f'{folder.name}: {lines[-1]}. Now compare yours with {exercise["file"]}:{exercise["function"]}')
-        return
-    # where it failed in the project's files, and what pytest says of it
-    told = [line[:110] for line in lines if re.match(r'\w[\w/]*\.py:\d+: |E +\S|ERROR', line)]
-    print(f'{folder.name}: not yet', *told[:10], sep='\n')
-    sys.exit(1)
+    if done.returncode:
+        # where it failed in the project's files, and what pytest says of it
+        told = [line[:110] for line in lines if re.match(r'\w[\w/]*\.py:\d+: |E +\S|ERROR', line)]
+        print(f'{folder.name}: not yet', *told[:10], sep='\n')
+        sys.exit(1)
+    print(f'{folder.name}: {lines[-1]}. Now compare yours with {exercise["file"]}:{exercise["function"]}')
 
 
 def main(argv=None):
