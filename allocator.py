@@ -212,7 +212,7 @@ class AdaK(Policy):
         self.price = a.price if price is None else price
         k = torch.arange(1, a.k_max + 1, device=a.weight.device)
         weight = a.weight / a.std[:, None]                                  # (L,k_max,n_in)
-        of_mean = (weight @ a.mean[..., None]).squeeze(-1)                  # (L,k_max)
+        of_mean = torch.einsum('lkn,ln->lk', weight, a.mean)                # (L,k_max)
         bias = a.bias - k * self.price - of_mean                            # (L,k_max)
         self.maps = list(zip(weight, bias))
 

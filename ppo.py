@@ -25,8 +25,8 @@ def next_token_logp(logits, targets):
     logits (..,T,V), targets (..,T) -> (..,T).
     subtle: k at position t changes the prediction of token t+1, so `targets` is the text shifted by one.
     """
-    nats = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction='none')
-    return -nats.view(targets.shape)
+    logp = F.log_softmax(logits.float(), dim=-1)                                # (..,T,V)
+    return logp.gather(-1, targets[..., None]).squeeze(-1)
 
 
 def expected_gain(change, logits_topk):

@@ -236,12 +236,11 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
             noise = noise.chunk(size, dim=2)[rank].flatten(1)               # (L,G*P)
             price = next_price(s, first, log, model.config)
             row = one_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
-            last = step == s.ppo_steps
             log.append(row)
             tokens = s.group * s.ppo_batch * s.seq
             progress(step, s.ppo_steps, tokens, loss=row['loss'], argmax_k=row['argmax_k'], price=price)
             stop = any(gathered(asked))                        # all ranks stop, or none
-            if state and (last or stop or step % s.save_every == 0):
+            if state and (stop or step % s.save_every == 0 or step == s.ppo_steps):
                 save_state(state, facts, allocators, optimizer, generator, log)
             if stop:
                 raise KeyboardInterrupt
