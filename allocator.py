@@ -234,29 +234,24 @@ class Rollout(Policy):
     """Samples k from the allocators and keeps what PPO needs: of P tokens, in one forward pass or several.
 
     noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens
-    are cut into passes. After the passes: z (L,P,n_in) in the model's `dtype`, k (L,P), logp (L,P), the
-    log-probability of each k when it was drawn.
+    are cut into passes. `drawn` holds of each layer [(z, k, logp), ..], one of every pass: z (tokens,n_in) in
+    the model's `dtype`, k (tokens,), and the log-probability of each k when it was drawn.
     """
 
     def __init__(self, allocators, noise, dtype):
         self.allocators = allocators
         self.noise = noise
+        self.dtype = dtype
         self.k_max = allocators.k_max
-        self.seen = [0] * len(noise)                           # tokens of each layer so far
-        self.z = noise.new_empty(*noise.shape, allocators.mean.shape[1], dtype=dtype)
-        self.k = torch.empty_like(noise, dtype=torch.long)
-        self.logp = torch.empty_like(noise)
+        self.drawn = [[] for _ in noise]
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
-        here = slice(self.seen[layer], self.seen[layer] + len(x))
-        self.seen[layer] = here.stop
-        z = self.allocators.inputs(layer, x, probs).to(self.z.dtype)        # (P,n_in)
-        logp = F.log_softmax(self.allocators.logits(layer, z), dim=-1)      # (P,k_max)
-        k = sample_k(logp, self.noise[layer, here])                         # (P,)
-        self.z[layer, here] = z
-        self.k[layer, here] = k
-        self.logp[layer, here] = logp.gather(1, k[:, None] - 1).squeeze(1)
+        z = self.allocators.inputs(layer, x, probs).to(self.dtype)          # (tokens,n_in)
+        logp = F.log_softmax(self.allocators.logits(layer, z), dim=-1)      # (tokens,k_max)
+        before = sum(len(k) for _, k, _ in self.drawn[layer])
+        k = sample_k(logp, self.noise[layer, before:before + len(x)])       # (tokens,)
+        self.drawn[layer].append((z, k, logp.gather(1, k[:, None] - 1).squeeze(1)))
         return k
 
 

@@ -167,10 +167,11 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     for _ in range(s.epochs):
         optimizer.zero_grad()
         stats = []
-        for layer, (z, k, logp) in enumerate(zip(rollout.z, rollout.k, rollout.logp)):
+        for layer, passes in enumerate(rollout.drawn):
+            z, k, logp = map(torch.cat, zip(*passes))                       # of all G*P tokens
             logits = allocators.logits(layer, z)                            # (G*P,A)
             loss, of_layer = ppo.ppo_loss(logits, k, logp, adv, price, CLIP, entropy)
-            (loss / len(rollout.k)).backward()
+            (loss / len(rollout.drawn)).backward()
             of_layer['argmax_k'] = (1 + logits.argmax(-1)).float().mean()
             stats.append(of_layer)
         row = {name: torch.stack([of_layer[name] for of_layer in stats]).mean().item() for name in stats[0]}

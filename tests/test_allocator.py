@@ -91,9 +91,10 @@ def test_rollout_records_what_it_drew(trained):
         z = trained.inputs(layer, x, probs)
         p = trained.logits(layer, z).softmax(-1)[0]
         torch.testing.assert_close(torch.bincount(k - 1, minlength=5) / 4000, p, rtol=0, atol=.03)
-        torch.testing.assert_close(rollout.logp[layer].exp(), p[k - 1])
-        torch.testing.assert_close(rollout.z[layer], z.expand(4000, -1))
-        assert torch.equal(rollout.k[layer], k)
+        kept_z, kept_k, kept_logp = map(torch.cat, zip(*rollout.drawn[layer]))
+        torch.testing.assert_close(kept_logp.exp(), p[k - 1])
+        torch.testing.assert_close(kept_z, z.expand(4000, -1))
+        assert torch.equal(kept_k, k)
 
 
 def test_file_keeps_the_allocators_and_refuses_another_base(trained, tmp_path):

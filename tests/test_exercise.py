@@ -34,9 +34,10 @@ def test_ppo_step_goes_down_the_gradient_of_ppo_loss():
     reward = train.rollout_reward(s, model, inputs, targets, rollout)[1:]
     credit = ppo.reward_to_go(reward, s.discount, document)
     adv = ppo.group_advantage(credit.flatten(1)).flatten()
+    z, k, logp = map(torch.stack, zip(*[one_pass for [one_pass] in rollout.drawn]))         # (L,G*P,..) each
     for _ in range(2):
-        logits = torch.stack([ours.logits(layer, z) for layer, z in enumerate(rollout.z)])  # (L,G*P,A)
-        loss, stats = ppo.ppo_loss(logits, rollout.k, rollout.logp, adv, 0.1, train.CLIP, 0.02)
+        logits = torch.stack(list(map(ours.logits, range(3), z)))           # (L,G*P,A)
+        loss, stats = ppo.ppo_loss(logits, k, logp, adv, 0.1, train.CLIP, 0.02)
         our_sgd.zero_grad()
         loss.backward()
         our_sgd.step()

@@ -101,7 +101,8 @@ def test_rollout_and_reward(family, reward, monkeypatch):
     rollout = Rollout(allocators, noise, torch.float)
     found = train.rollout_reward(s, model, tokens, tokens, rollout)
     credit = ppo.reward_to_go(found, 0.9, tokens)              # (1+G,B,T)
-    assert credit.device.type == rollout.k.device.type == 'cuda'
+    [(_, k, _)] = rollout.drawn[0]
+    assert credit.device.type == k.device.type == 'cuda'
 
 
 @every_policy

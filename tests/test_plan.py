@@ -51,7 +51,9 @@ def test_bytes_of_a_rollout_are_what_is_taken():
     allocators = empty_allocators(s, config)
     _, k_max, n_in = allocators.weight.shape
     rollout = Rollout(allocators, torch.rand(3, 3 * 5 * 7), torch.float)
-    kept = sum(t.nbytes for t in (rollout.z, rollout.k, rollout.logp, rollout.noise))
+    for layer in range(3):
+        rollout(layer, torch.rand(3 * 5 * 7, 32), torch.rand(3 * 5 * 7, 8))
+    kept = rollout.noise.nbytes + sum(t.nbytes for [one_pass] in rollout.drawn for t in one_pass)
     update = 3 * 5 * 7 * (4 * n_in + 40 * k_max)               # of one layer
     hidden = 3 * 4 * 5 * 7 * 32 * 4
     experts = 3 * 5 * 7 * 4 * (3 * (2 * 32 + 3 * 16) + 3 * 32)
