@@ -142,7 +142,7 @@ class Allocators(nn.Module):
         self.register_buffer('price', torch.zeros(()))
 
     def raw(self, x, probs):
-        """What the map reads, not yet standardised, fp32: x (P,C), probs (P,N) -> (P,n_in)."""
+        """What the map reads, not yet standardised, fp32: x (P,C), probs (P,N) -> (P,n_in), a constant."""
         z = x.detach().float()
         if not self.extended:
             return z
@@ -216,7 +216,6 @@ class AdaK(Policy):
         bias = a.bias - k * self.price - of_mean                            # (L,k_max)
         self.maps = list(zip(weight, bias))
 
-    @torch.no_grad()
     def __call__(self, layer, x, probs):
         weight, bias = (t.to(x.device) for t in self.maps[layer])
         self.maps[layer] = weight, bias                        # each stays where its layer is
