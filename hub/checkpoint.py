@@ -15,6 +15,7 @@ from hub.safetensors import raw_bytes, read_header, read_into, write_safetensors
 from model import Transformer
 
 HEAD = 'lm_head.weight'
+PUBLISHED = Path(__file__).with_name('published')       # NAME/config.json of the short names
 # short names of the hub's
 CHECKPOINTS = {
     'mixtral-8x7b': 'mistralai/Mixtral-8x7B-v0.1',
@@ -31,8 +32,8 @@ CHECKPOINTS = {
 def find_checkpoint(name, config_only=False):
     """The folder of --ckpt: itself, checkpoints/NAME, or a snapshot in the Hugging Face cache.
 
-    InputError says how to get what is not there. `config_only`: a folder with config.json will do, and None
-    is returned where there is none, for hub/config.py:PUBLISHED has the sizes.
+    InputError says how to get what is not there. `config_only`: a folder with config.json will do, if need be
+    that of hub/published, which has the sizes.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -41,12 +42,11 @@ def find_checkpoint(name, config_only=False):
     hub_id = CHECKPOINTS[name]
     here = Path('checkpoints') / name
     wanted = 'config.json' if config_only else 'model*.safetensors'
-    for folder in here, cached(hub_id):
+    for folder in here, cached(hub_id), PUBLISHED / name:
         if any(folder.glob(wanted)):
             return folder
-    if not config_only:
-        raise InputError(f'--ckpt {name}: neither in {here} nor in the Hugging Face cache; get it with: '
-                         f"hf download {hub_id} --include '*.json' '{wanted}' --local-dir {here}")
+    raise InputError(f'--ckpt {name}: neither in {here} nor in the Hugging Face cache; get it with: '
+                     f"hf download {hub_id} --include '*.json' '{wanted}' --local-dir {here}")
 
 
 def cached(hub_id):

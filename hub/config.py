@@ -45,29 +45,6 @@ SUPPORTED = {
 LARGEST = {int: 2 ** 20, float: 1e15}
 MOST_EXPERTS = 100_000      # of all layers
 
-# the sizes of the published models by their short names; what changes no size is left at its default
-PUBLISHED = {
-    # the first fields of Config: family, V, C, layers, H, key and value heads, D, N, K, F
-    'mixtral-8x7b': Config('mixtral', 32000, 4096, 32, 32, 8, 128, 8, 2, 14336),
-    'mixtral-8x22b': Config('mixtral', 32000, 6144, 56, 48, 8, 128, 8, 2, 16384),
-    'qwen1.5-moe': Config(
-        'qwen2_moe', 151936, 2048, 24, 16, 16, 128, 60, 4, 1408,
-        shared_dim=5632, shared_gate=True, qkv_bias=True,
-    ),
-    'deepseek-moe-16b': Config(
-        'deepseek', 102400, 2048, 28, 16, 16, 128, 64, 6, 1408,
-        shared_dim=2816, dense_layers=(0,), dense_dim=10944,
-    ),
-    'olmoe-1b-7b': Config(
-        'olmoe', 50304, 2048, 16, 16, 16, 128, 64, 8, 1024,
-        qk_norm='all',
-    ),
-    'qwen3-30b-a3b': Config(
-        'qwen3_moe', 151936, 2048, 48, 32, 4, 128, 128, 8, 768,
-        qk_norm='head',
-    ),
-}
-
 
 def field(hf, name, default=None):
     """A value of a config.json, of the default's type; a number is above 0 or the default itself.

@@ -13,7 +13,7 @@ import math
 import torch
 
 from hub.checkpoint import find_checkpoint, weight_dtype
-from hub.config import PUBLISHED, read_config
+from hub.config import read_config
 from hub.files import InputError
 from moe_dispatch import flops
 from run.console import check_budget, one_line_errors
@@ -47,8 +47,8 @@ def run_flops(s, config):
 def plan(s, machines):
     """A dict of what this run needs. machines: {name: (FLOP/s, transfer in bytes/s)}."""
     folder = find_checkpoint(s.ckpt, config_only=True)
-    config = read_config(folder) if folder else PUBLISHED[s.ckpt]
-    itemsize = weight_dtype(folder).itemsize if folder else 2               # bf16, as all are published
+    config = read_config(folder)
+    itemsize = weight_dtype(folder).itemsize
     check_budget(s, config.top_k)
     layer, layers, rest = weight_counts(config)
     working = working_bytes(s, config, itemsize)

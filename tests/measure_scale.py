@@ -21,8 +21,7 @@ import train  # noqa: E402
 from base.documents import read_documents, split_documents  # noqa: E402
 from base.pretrain import new_model  # noqa: E402
 from base.text import learn_bpe, tokenizer_json  # noqa: E402
-from hub.checkpoint import load, save  # noqa: E402
-from hub.config import PUBLISHED  # noqa: E402
+from hub.checkpoint import CHECKPOINTS, load, save  # noqa: E402
 from hub.files import read_json, write_json  # noqa: E402
 from model import Config  # noqa: E402
 from run.report import markdown  # noqa: E402
@@ -106,6 +105,6 @@ def stream_lines(r):
 
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
-    plans = [plan(replace(WORKLOAD, ckpt=name), GPUS) for name in PUBLISHED]
+    plans = [plan(replace(WORKLOAD, ckpt=name), GPUS) for name in CHECKPOINTS]
     write_json(ROOT / 'assets/plan.json', {'plans': plans})
     write_json(ROOT / 'assets/stream.json', measure_stream(folder))

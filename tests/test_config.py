@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
+from hub.checkpoint import PUBLISHED, base_digest, find_checkpoint, load, save, weight_dtype
 from hub.config import from_hf
 from hub.files import InputError, read_json
 from hub.safetensors import read_safetensors, write_safetensors
@@ -127,6 +127,6 @@ def test_a_short_name_is_a_folder_here_or_a_snapshot_in_the_cache(tmp_path, monk
 def test_what_is_not_there_can_be_got(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    assert find_checkpoint('qwen1.5-moe', config_only=True) is None
+    assert find_checkpoint('qwen1.5-moe', config_only=True) == PUBLISHED / 'qwen1.5-moe'
     with pytest.raises(InputError, match='get it with: hf download Qwen'):
         find_checkpoint('qwen1.5-moe')

@@ -9,8 +9,8 @@ import scale.plan
 import train
 from allocator import Rollout
 from conftest import ROOT, refusal, tiny_config
-from hub.checkpoint import load
-from hub.config import PUBLISHED, from_hf
+from hub.checkpoint import PUBLISHED, load
+from hub.config import from_hf, read_config
 from hub.files import InputError
 from moe_dispatch import flops
 from scale.memory import check_memory, empty_allocators, weight_counts, working_bytes
@@ -30,7 +30,7 @@ def test_plan_of_mixtral_by_hand():
     rest = 2 * V * C + C
     assert p['layer_bytes'] == 2 * layer
     assert p['bytes'] == 2 * (L * layer + rest)
-    working = working_bytes(s, PUBLISHED[MIXTRAL], 2)
+    working = working_bytes(s, read_config(PUBLISHED / MIXTRAL), 2)
     assert p['memory']['plain'] == working + p['bytes']
     assert p['memory']['stream'] == working + 2 * (2 * layer + rest)
     # a token of one layer: matmuls of attention, scores over 1,024 tokens, router, two experts
@@ -63,7 +63,7 @@ def test_bytes_of_a_rollout_are_what_is_taken():
 
 def test_too_little_memory_is_said_before_loading(monkeypatch):
     monkeypatch.setattr(scale.memory, 'free_memory', lambda device: 94e9)
-    args = PUBLISHED[MIXTRAL], 2, 1, int(1e9)
+    args = read_config(PUBLISHED / MIXTRAL), 2, 1, int(1e9)
     with pytest.raises(InputError, match='cpu has 94.0 GB free, this run needs 94.4 GB, 1.0 of them beside'):
         check_memory(Settings(), *args)
     check_memory(Settings(stream=True), *args)
@@ -71,7 +71,7 @@ def test_too_little_memory_is_said_before_loading(monkeypatch):
 
 @pytest.mark.parametrize('name', HUB)
 def test_short_names_have_the_sizes_of_the_published_configs(name):
-    ours = PUBLISHED[name]
+    ours = read_config(PUBLISHED / name)
     theirs = from_hf(HUB[name])
     assert weight_counts(ours) == weight_counts(theirs)
     assert flops(ours, ours.top_k, 100) == flops(theirs, theirs.top_k, 100)
