@@ -32,8 +32,8 @@ from allocator import AdaK, Rollout, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, reading, write_json
 from run.compare import compare
-from run.console import (OneLineParser, Progress, check_budget, check_settings, one_line_errors, open_device,
-                         peak_gb)
+from run.console import (OneLineParser, Progress, check_budget, check_settings, model_flags, one_line_errors,
+                         open_device)
 from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
 from run.report import told, training_figure, write_log
@@ -219,7 +219,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
     """
     L = len(model.config.moe_layers)
     rank, size = ranks()
-    batches = text.batches(s.ppo_batch, s.seq, torch.Generator().manual_seed(s.seed + 1))
+    batches = text.batches(s.ppo_batch, s.seq, s.seed + 1)
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
     if s.resume:
@@ -267,7 +267,7 @@ def run(s, out):
         seconds[stage] = time.monotonic() - start - sum(seconds.values())
 
     # base model and text
-    model, tokenizer, (text, _, heldout), digest = base_model(s, out)
+    model, tokenizer, (text, heldout), digest = base_model(s, out)
     c = model.config
     check_budget(s, c.top_k)
     lap('base')
@@ -301,7 +301,6 @@ def run(s, out):
     lap('evaluation')
 
     # files
-    memory = max(gathered(peak_gb()))
     if ranks()[0] > 0:
         return
     allocators.save(out / 'allocator.safetensors', digest,
@@ -312,7 +311,6 @@ def run(s, out):
         'seed': s.seed,
         'config': asdict(s),
         'seconds': seconds,
-        'peak_gb': memory,
         'ranks': ranks()[1],
         'bits_per_byte': bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer),
         'effective_documents': effective_documents(windows[2]),
@@ -332,7 +330,7 @@ def parse(argv, doc=__doc__):
     p = OneLineParser(doc, argument_default=argparse.SUPPRESS)
     p.add_argument('--preset', choices=PRESETS, default='deep', help='default deep')
     p.add_argument('--out', help='run folder (default out/PRESET)')
-    p.add_argument('--ckpt', help='a base: folder in the hub\'s format, or short name (default: learnt)')
+    model_flags(p)
     p.add_argument('--data', help='.txt, .jsonl, .py files (default: the standard library\'s sources)')
     goal = p.add_mutually_exclusive_group()
     goal.add_argument('--budget', type=float, help='share of the expert FLOPs, in (0, 1] (default 0.75)')
@@ -344,8 +342,6 @@ def parse(argv, doc=__doc__):
     p.add_argument('--beyond', type=int, help='experts beyond K that a token may run (default 0); '
                                               '1 is better than top-k from a budget of 0.9 on')
     p.add_argument('--seed', type=int, help='of everything after the base model (default 0)')
-    p.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda for --ckpt if there is one)')
-    p.add_argument('--stream', action='store_true', help='two layers on the device, the others on the host')
     p.add_argument('--fresh', action='store_true', help='learn the base model again')
     p.add_argument('--resume', action='store_true', help='go on with an interrupted PPO from its saved state')
     p.add_argument('--save-every', type=int, help='PPO steps between two saved states (default 50)')

@@ -1,7 +1,7 @@
 """base/documents.py: what --data names, as documents, and their three splits.
 
-Documents are split by a hash of their names: train, calibration (for whoever tries something else) and
-held-out (which every reported number is of).
+Documents are split by a hash of their names: train, calibration (no program reads it: settings are to be
+chosen on it) and held-out (which every reported number is of).
 """
 import ast
 import collections

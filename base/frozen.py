@@ -24,11 +24,11 @@ BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_c
 def base_model(s, out):
     """(model, tokenizer, texts, digest): the frozen base of --ckpt or of OUT/base, learnt first if need be.
 
-    texts: the three splits as Text; digest: of hub/checkpoint.py:base_digest. InputError if the base that is
+    texts: the train and the held-out split as Text; digest: of hub/checkpoint.py:base_digest. InputError if the base that is
     there was learnt with other settings or text, is not this program's, or does not fit the text.
     """
     documents = read_documents(s.data, s.documents, s.prose)
-    train, calibration, heldout = split_documents(documents)
+    train, _, heldout = split_documents(documents)
     settings = {name: getattr(s, name) for name in SIZES + TRAINING}
     recipe = {'text': text_digest(documents), **settings}
     folder = base_folder(s, out)
@@ -36,7 +36,6 @@ def base_model(s, out):
     place = learn_tokenizer(folder, train, s.n_vocab) if learn else folder
     tokenizer = Tokenizer(place)
     train = tokenize(train, tokenizer, s.seq, 'train', max(s.ppo_batch, BATCH * learn))
-    calibration = tokenize(calibration, tokenizer, s.seq, 'calibration')
     heldout = tokenize(heldout, tokenizer, s.seq, 'held-out')
     if learn:
         model = learn_base(s, config_of(s, len(tokenizer.ids)), train)
@@ -47,8 +46,7 @@ def base_model(s, out):
     model = load_model(s, folder, learns=True)
     if s.seq > model.config.max_len:
         raise InputError(f'--seq {s.seq}: the model in {folder} reads at most {model.config.max_len} tokens')
-    texts = [train, calibration, heldout]
-    largest = max(text.tokens.max() for text in texts)
+    largest = max(train.tokens.max(), heldout.tokens.max())
     if largest >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
                          f'the model has only {model.config.n_vocab} tokens')
@@ -57,7 +55,7 @@ def base_model(s, out):
         logits = model(inputs.to(model.device))                             # (1,T,V)
     if not logits.isfinite().all():
         raise InputError(f'{folder}: the base model gives NaN on ordinary text')
-    return model, tokenizer, texts, base_digest(folder)
+    return model, tokenizer, (train, heldout), base_digest(folder)
 
 
 def base_folder(s, out):

@@ -50,8 +50,9 @@ class Text:
         chosen = np.linspace(0, n - 1, wanted).astype(int)
         return self.at(torch.from_numpy(chosen) * T, T)
 
-    def batches(self, B, T, generator):
+    def batches(self, B, T, seed):
         """Endless random batches as `windows` (B,T); every token once before any token twice."""
+        generator = torch.Generator().manual_seed(seed)
         while True:
             offset = torch.randint(T, (1,), generator=generator).item()
             n = (len(self.tokens) - offset - 1) // T

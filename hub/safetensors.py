@@ -62,7 +62,7 @@ def read_header(path):
         start = 8 + int.from_bytes(f.read(8), 'little')        # of the tensors
         if start > min(size, LONGEST_HEADER):
             raise ValueError(f'a header of {start} bytes in a file of {size}')
-        header = json.loads(f.read(start - 8), object_pairs_hook=unique_keys)
+        header = json.loads(f.read(start - 8))
         metadata = header.pop('__metadata__', {})
         layout = {}
         end = 0
@@ -78,13 +78,6 @@ def read_header(path):
         if start + end != size:
             raise ValueError(f'{size} bytes, the header describes {start + end}')
     return layout, metadata
-
-
-def unique_keys(pairs):
-    """A dict of (key, value) pairs; ValueError where json would silently keep the last of two."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError('a key appears twice')
-    return dict(pairs)
 
 
 def read_safetensors(path):

@@ -2,7 +2,6 @@
 import argparse
 import os
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -26,10 +25,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def model_flags(p):
-    """Add the flags of every program that runs a model which is there."""
-    p.add_argument('--ckpt', help='the base model: folder or short name (default: RUN/base)')
-    p.add_argument('--device', help='cpu, cuda, .. (default: cuda for --ckpt where there is one, else cpu)')
-    p.add_argument('--stream', action='store_true', help='two layers at a time, as for train.py')
+    """Add the flags of every program that runs a model."""
+    p.add_argument('--ckpt', help='the base: folder in the hub\'s format, or short name (default: the run\'s own)')
+    p.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda for --ckpt if there is one, else cpu)')
+    p.add_argument('--stream', action='store_true', help='two layers on the device, the others on the host')
 
 
 def open_model_flags(a):
@@ -69,12 +68,6 @@ def open_out(name, *files):
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
     return out
-
-
-def peak_gb():
-    """The most memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # kB on Linux, bytes on a Mac
-    return peak / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
 def check_settings(s):

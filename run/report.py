@@ -42,7 +42,7 @@ def told(results):
         lines.append(f'errors are rough: the held-out text counts as {documents:.1f} equally long documents')
     lines += [
         f'base model: {results["bits_per_byte"]:.3f} bits per byte on held-out text',
-        f'{sum(results["seconds"].values()):.0f} s, {results["peak_gb"]:.1f} GB',
+        f'{sum(results["seconds"].values()):.0f} s',
     ]
     return '\n'.join(lines)
 

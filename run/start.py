@@ -46,8 +46,7 @@ def new_allocators(s, model, text, families):
     """
     config = model.config
     allocators = empty_allocators(s, config).to(s.device)
-    generator = torch.Generator().manual_seed(s.seed)
-    batches = text.batches(s.ppo_batch, s.seq, generator)
+    batches = text.batches(s.ppo_batch, s.seq, s.seed)
     mean_k = first_k(s, config)
     if s.extended:
         standardise(model, allocators, next(batches)[0])

@@ -41,7 +41,7 @@ class Study:
         check_ranks(s)
         self.s = replace(s, price=None)
         self.model, self.tokenizer, texts, self.digest = base_model(s, out)
-        self.text, _, heldout = texts
+        self.text, heldout = texts
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
         self.fitted, self.families = prepare(s, self.model, self.text)
         self.folder = out / name
