@@ -4,12 +4,13 @@ A split of the text is one stream of tokens, cut into windows of T.
 """
 import collections
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import regex
 import torch
 
-from hub.files import InputError
+from hub.files import InputError, read_json
 from hub.tokenizer import BYTE_OF_CHARACTER
 from run.console import Progress
 
@@ -121,26 +122,18 @@ def learn_bpe(texts, n_tokens):
 
 
 def tokenizer_json(merges):
-    """The hub's tokenizer.json of a byte-level BPE: bytes 0-255, the merges, then SEPARATOR."""
+    """The hub's tokenizer.json of a byte-level BPE: bytes 0-255, the merges, then SEPARATOR.
+
+    base/tokenizer.json has all of it that is not learnt.
+    """
     pieces = list(BYTE_OF_CHARACTER)
     for a, b in merges:
         pieces.append(pieces[a] + pieces[b])
-    separator = {
-        'id': len(pieces), 'content': SEPARATOR, 'special': True,
-        'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
-    }
-    split = {'type': 'Split', 'pattern': {'Regex': PATTERN}, 'behavior': 'Isolated', 'invert': False}
-    level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
-    return {
-        'added_tokens': [separator],
-        'pre_tokenizer': {
-            'type': 'Sequence',
-            'pretokenizers': [split, level],
-        },
-        'decoder': level,
-        'model': {
-            'type': 'BPE',
-            'vocab': {piece: i for i, piece in enumerate(pieces)},
-            'merges': [[pieces[a], pieces[b]] for a, b in merges],
-        },
-    }
+    hf = read_json(Path(__file__).with_name('tokenizer.json'))
+    [split, _] = hf['pre_tokenizer']['pretokenizers']
+    split['pattern']['Regex'] = PATTERN
+    hf['model']['vocab'] = {piece: i for i, piece in enumerate(pieces)}
+    hf['model']['merges'] = [[pieces[a], pieces[b]] for a, b in merges]
+    [separator] = hf['added_tokens']
+    separator['id'] = len(pieces)
+    return hf

@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def model_flags(p):
     """Add the flags of every program that runs a model."""
-    p.add_argument('--ckpt', help='the base: folder in the hub\'s format, or short name (default: the run\'s own)')
+    p.add_argument('--ckpt', help="the base: a folder as on the hub, or a short name (default: the run's)")
     p.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda for --ckpt if there is one, else cpu)')
     p.add_argument('--stream', action='store_true', help='two layers on the device, the others on the host')
 
