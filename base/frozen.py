@@ -24,8 +24,9 @@ BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_c
 def base_model(s, out):
     """(model, tokenizer, texts, digest): the frozen base of --ckpt or of OUT/base, learnt first if need be.
 
-    texts: the train and the held-out split as Text; digest: of hub/checkpoint.py:base_digest. InputError if the base that is
-    there was learnt with other settings or text, is not this program's, or does not fit the text.
+    texts: the train and the held-out split as Text; digest: of hub/checkpoint.py:base_digest. InputError if
+    the base that is there was learnt with other settings or text, is not this program's, or does not fit the
+    text.
     """
     documents = read_documents(s.data, s.documents, s.prose)
     train, _, heldout = split_documents(documents)
