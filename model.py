@@ -84,9 +84,9 @@ def rope_table(config, T, device, dtype):
     D = config.head_dim
     pairs = torch.arange(0, D, 2, device=device).float()                    # (D/2,)
     frequency = 1 / config.rope_theta ** (pairs / D)                        # (D/2,)
-    positions = torch.arange(T, device=device).float()                      # (T,)
+    positions = torch.arange(T, device=device)                              # (T,)
     angle = positions[:, None] * frequency                                  # (T,D/2)
-    cos = torch.cat([angle, angle], dim=-1).cos()                           # (T,D)
+    cos = angle.cos().repeat(1, 2)                                          # (T,D)
     sin = angle.sin()
     sin = torch.cat([-sin, sin], dim=-1)                                    # (T,D)
     return cos.to(dtype), sin.to(dtype)
@@ -131,8 +131,8 @@ class Attention(nn.Module):
         qk = torch.cat([q, k], dim=-1)
         qk = qk.unflatten(-1, heads).transpose(1, 2)                        # (B,all heads,T,D)
         v = v.unflatten(-1, heads).transpose(1, 2)                          # (B,kv heads,T,D)
-        n_heads = qk.shape[1] - v.shape[1]
-        q, k = rotate(qk, *rope).tensor_split((n_heads,), dim=1)
+        # of these heads the last are the keys'
+        q, k = rotate(qk, *rope).tensor_split((-v.shape[1],), dim=1)
         if cache:
             k, v = cache.extend(layer, k, v)                                # (B,kv heads,S,D), S seen
         y = F.scaled_dot_product_attention(
@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         for layer in self.visit():
             x = layer(x, rope, mask, cache, choose_k)
         if cache:
-            cache.advance(T)
+            cache.length += T
         return self.norm(x)
 
     def visit(self):
@@ -319,9 +319,6 @@ class Cache:
         torch.stack([k, v], out=seen[..., self.length:, :])
         return seen
 
-    def advance(self, T):
-        self.length += T
-
 
 def eager_decoder(model, choose_k, cache):
     """step(tokens (B,T), behind those of the cache) -> the logits (B,V) in fp32 behind the last of them.
@@ -335,7 +332,7 @@ def eager_decoder(model, choose_k, cache):
 
 
 @torch.inference_mode()
-def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=None, decoder=eager_decoder):
+def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, decoder=eager_decoder):
     """Yield the n tokens behind tokens (B,T), (B,1) each; temperature 0 takes the most probable."""
     B, T = tokens.shape
     cache = Cache(model.config, B, T + n, model.device, model.dtype)
@@ -346,7 +343,7 @@ def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, generator=N
             new = logits.argmax(-1, keepdim=True)                           # (B,1)
         else:
             probs = F.softmax(logits / temperature, dim=-1)
-            new = torch.multinomial(probs, 1, generator=generator)          # (B,1)
+            new = torch.multinomial(probs, 1)                               # (B,1)
         yield new
         if i + 1 < n:
             logits = step(new)
