@@ -293,10 +293,11 @@ class Cache:
     AssertionError where more tokens come than it has places for.
     """
 
-    def __init__(self, config, B, max_len, device, dtype):
-        shape = config.n_layers, 2, B, config.n_kv_heads, max_len, config.head_dim
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.table = rope_table(config, max_len, device, dtype)             # (max_len,D) both
+    def __init__(self, model, B, max_len):
+        c = model.config
+        shape = c.n_layers, 2, B, c.n_kv_heads, max_len, c.head_dim
+        self.kv = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.table, _ = model.positions(max_len)                            # (max_len,D) both
         self.length = 0
 
     def positions(self, T):
@@ -309,8 +310,8 @@ class Cache:
         rope = [table[self.length:S] for table in self.table]
         if T == 1 or self.length == 0:
             return rope, None
-        everything = torch.ones(T, S, dtype=torch.bool, device=self.kv.device)
-        return rope, everything.tril(self.length)
+        places = torch.arange(S, device=self.kv.device)
+        return rope, places <= places[self.length:, None]
 
     def extend(self, layer, k, v):
         """Write k, v (B,kv heads,T,D) behind what was seen; return all keys and values of the layer."""
@@ -335,7 +336,7 @@ def eager_decoder(model, choose_k, cache):
 def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, decoder=eager_decoder):
     """Yield the n tokens behind tokens (B,T), (B,1) each; temperature 0 takes the most probable."""
     B, T = tokens.shape
-    cache = Cache(model.config, B, T + n, model.device, model.dtype)
+    cache = Cache(model, B, T + n)
     logits = eager_decoder(model, choose_k, cache)(tokens)                  # (B,V)
     step = decoder(model, choose_k, cache)
     for i in range(n):

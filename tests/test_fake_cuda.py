@@ -74,7 +74,7 @@ def test_prefill_and_static_decoding_without_the_host(family, policy):
     model, tokens = model_of(family)
     c = model.config
     choose_k = Counted(POLICIES[policy](c), len(c.moe_layers), 'cuda')
-    cache = Cache(c, 2, 10, 'cuda', torch.bfloat16)
+    cache = Cache(model, 2, 10)
     model(tokens, choose_k, cache)
     step = graph_decoder(model, choose_k, cache)
     assert isinstance(step, Captured)

@@ -17,7 +17,7 @@ def model():
 def test_a_cache_takes_several_tokens_at_a_time_and_says_when_it_is_full(model):
     policy = random_ada_k(model.config, 8)
     tokens = torch.randint(50, (2, 17))
-    cache = Cache(model.config, 2, 17, 'cpu', torch.float32)
+    cache = Cache(model, 2, 17)
     parts = [model(part, policy, cache) for part in tokens.split([5, 1, 7, 4], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens, policy), rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError, match='19 tokens in a cache of 17'):
@@ -27,7 +27,7 @@ def test_a_cache_takes_several_tokens_at_a_time_and_says_when_it_is_full(model):
 def test_a_static_cache_decodes_what_the_whole_model_does(model):
     tokens = torch.randint(50, (2, 12))
     whole = model(tokens)
-    cache = Cache(model.config, 2, 15, 'cpu', torch.float32)               # 3 places stay empty
+    cache = Cache(model, 2, 15)                                            # 3 places stay empty
     model(tokens[:, :5], None, cache)
     cache.kv[..., 5:, :] = 9                                   # what lies behind the end must not matter
     static = StaticCache(cache)
