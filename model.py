@@ -70,12 +70,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():
-            # the same in one kernel
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        y = x.float()
-        mean_square = y.pow(2).mean(-1, keepdim=True)
-        y = y * torch.rsqrt(mean_square + self.eps)
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return self.weight * y.to(x.dtype)
 
 
