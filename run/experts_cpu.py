@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-# from how many rows to how many (w @ x.T).T is faster than x @ w.T
+# the numbers of rows at which (w @ x.T).T is faster than x @ w.T
 W_FIRST = {
-    torch.bfloat16: (1, 352),
-    torch.float32: (5, 48),
+    torch.bfloat16: range(1, 353),
+    torch.float32: range(5, 49),
 }
 FEW_TOKENS = 8          # in bf16, up to here: large experts are read faster one by one
 LARGE = 2 ** 20         # weights of an expert's first matrix
@@ -28,8 +28,7 @@ def product(x, w):
     """x @ w.T: x (C,), (rows,C) or a batch (n,rows,C); w (F,C), or (n,F,C) for a batch."""
     if x.dim() == 1:
         return torch.mv(w, x)
-    least, most = W_FIRST.get(x.dtype, (1, 0))
-    if least <= x.shape[-2] <= most:
+    if x.shape[-2] in W_FIRST.get(x.dtype, ()):
         return (w @ x.mT).mT
     return x @ w.mT
 
@@ -50,14 +49,15 @@ def few_is_faster(P, w_in):
 
 
 def moe_few(x, ids, weights, k, w_in, w_out):
-    """A loop over the experts that are hit, each read once. Contract as moe_dispatch.py:moe."""
-    P, k_max = ids.shape
-    counts = [k_max] * P if k is None else k.tolist()
-    weights = weights.tolist()
+    """A loop over the experts that are hit, each read once. Contract as moe_dispatch.py:moe.
+
+    What a token does not run is told by its weight, 0.
+    """
     hit = defaultdict(list)                                    # expert -> [(token, weight), ..]
-    for token, own in enumerate(ids.tolist()):
-        for n, weight in zip(own[:counts[token]], weights[token]):
-            hit[n].append((token, weight))
+    for token, choices in enumerate(zip(ids.tolist(), weights.tolist())):
+        for n, weight in zip(*choices):
+            if weight:
+                hit[n].append((token, weight))
     y = torch.zeros(x.shape, dtype=torch.float32)                               # (P,C)
     for n, pairs in hit.items():
         if len(pairs) == 1:
