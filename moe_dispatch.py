@@ -108,8 +108,8 @@ def sort_by_expert(ids, k, n_experts):
     experts = torch.arange(n_experts, device=ids.device)
     ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
     rows = torch.arange(P * k_max, device=ids.device)
-    row = torch.empty_like(order).scatter_(0, order, rows)                      # the inverse of `order`
-    row = row.view(P, k_max)
+    inverse = torch.empty_like(order).scatter_(0, order, rows)
+    row = inverse.view_as(ids)
     # subtle: an unused choice must not read its own row (never written, perhaps NaN, and 0 * NaN = NaN),
     # so it reads the token's first row, which always exists, with weight 0
     row = torch.where(mask, row, row[:, :1])
@@ -176,8 +176,8 @@ def moe(x, ids, weights, k, w_in, w_out):
     AssertionErrors name what breaks this contract; only moe_exact looks at the values of k and ids.
     """
     P = len(x)
-    shapes = [tuple(t.shape) for t in (ids, weights, k) if t is not None]
-    assert shapes[0] == shapes[1] and all(shape[0] == P for shape in shapes), (P, shapes)
+    lengths = [t.shape[0] for t in (x, ids, weights, k) if t is not None]
+    assert len(set(lengths)) == 1, f'x, ids, weights, k are of {lengths} tokens'
     if P == 0:
         return torch.zeros_like(x)
     if x.is_cuda and not native(x):
@@ -191,7 +191,7 @@ def moe(x, ids, weights, k, w_in, w_out):
 def path_of(P, w_in):
     """The path that `moe` takes for P tokens and these experts."""
     _, two_F, C = w_in.shape
-    size = w_in.element_size()
+    size = w_in.itemsize
     if C * size % 16 or two_F // 2 * size % 16:    # grouped matmuls want rows of whole 16 bytes
         return moe_loop
     if torch.is_grad_enabled():
@@ -214,9 +214,8 @@ def check(ids, k, ends):
 
 def native(x):
     """Does torch run grouped matmuls of this dtype and device as one kernel, without a host sync?"""
-    if not x.is_cuda or x.dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    fits = x.is_cuda and x.dtype == torch.bfloat16
+    return fits and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 @functools.cache                                               # says it once
