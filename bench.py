@@ -63,23 +63,21 @@ def routed(layer, T, choice):
         steps = (torch.arange(T) + 0.5) / T
         k = (steps * (1.5 * K - 1)).ceil().long()
     x = torch.randn(T, layer.router.in_features).to(layer.w_in)             # (T,C)
-    k_max = k.max().item()
     k = k.to(x.device)
     probs = layer.router(x).float().softmax(-1)                             # (T,N)
-    how = moe_dispatch.Weighting(k_max, True)
-    ids, weights, _ = moe_dispatch.select(probs, k, k_max, how)             # (T,k_max) each
+    ids, weights, _ = moe_dispatch.select(probs, k, k.max().item(), layer.weighting)        # (T,width) each
     return x, ids, weights, k, layer.w_in, layer.w_out
 
 
-def dispatch_cases(x, *arguments):
-    """{path: callable} of everything that computes moe_dispatch.py:moe of these arguments.
+def paths_for(x):
+    """Everything that computes moe_dispatch.py:moe of so many tokens.
 
     On a GPU decoding replays moe_static from a CUDA graph; here it is launched kernel by kernel.
     """
     paths = [moe_dispatch.moe_loop, moe_dispatch.moe_exact, moe_dispatch.moe_static]
     if not x.is_cuda and len(x) <= FEW_TOKENS:
         paths.append(moe_few)
-    return {path.__name__: partial(path, x, *arguments) for path in paths}
+    return paths
 
 
 def limit(x, ids, weights, k, w_in, w_out, matmul, copy):
@@ -87,7 +85,7 @@ def limit(x, ids, weights, k, w_in, w_out, matmul, copy):
 
     Bytes: each expert that is hit is read once. Tokens are few beside that.
     """
-    hit = ids[moe_dispatch.used(k, ids.shape[1])].unique()
+    hit = ids[weights > 0].unique()
     expert = w_in[0].numel() + w_out[0].numel()
     flops = 2 * expert * k.sum().item()
     n_bytes = expert * len(hit) * x.itemsize
@@ -101,8 +99,8 @@ def dispatch_rows(name, stage, layer, T, matmul, copy):
     for choice in CHOICES:
         batch = routed(layer, T, choice)
         limits[choice] = limit(*batch, matmul, copy)
-        for path, run in dispatch_cases(*batch).items():
-            cases[path, choice] = run
+        for path in paths_for(batch[0]):
+            cases[path.__name__, choice] = partial(path, *batch)
     about = {
         'name': name,
         'stage': stage,
