@@ -61,16 +61,14 @@ class Config:
 
 # ================================================================ the transformer, leaves first
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype."""
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension; the division in fp32, the product in x's dtype.
 
-    def __init__(self, n, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-        self.eps = eps
+    torch's own makes the product in fp32 too.
+    """
 
     def forward(self, x):
-        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return self.weight * y.to(x.dtype)
 
 

@@ -50,7 +50,7 @@ def told(results):
 def write_log(path, log):
     """A list of dicts as a .csv file."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(log[-1]))
+    writer = csv.DictWriter(text, log[-1])
     writer.writeheader()
     writer.writerows(log)
     write_whole(path, lambda f: f.write(text.getvalue().encode()))
