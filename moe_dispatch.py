@@ -79,17 +79,21 @@ def select(probs, k, k_max, how):
 
 # ================================================================ the reference: a loop over the experts
 
+def run_expert(x, w_in, w_out):
+    """One expert at x (rows,C) -> (rows,C): w_in (2F,C), gate rows then up rows; w_out (C,F)."""
+    gate, up = F.linear(x, w_in).chunk(2, dim=-1)                               # (rows,F) both
+    return F.linear(F.silu(gate) * up, w_out)
+
+
 def moe_loop(x, ids, weights, k, w_in, w_out):
     """The reference, slow and plain. Contract as `moe`."""
     y = torch.zeros_like(x, dtype=torch.float32)                                # (P,C)
     mask = used(k, ids.shape[1])                                                # (P,k_max)
     for n in range(len(w_in)):
         token, choice = torch.where((ids == n) & mask)                          # (rows,) both
-        hidden = F.linear(x[token], w_in[n])                                    # (rows,2F)
-        gate, up = hidden.chunk(2, dim=-1)
-        expert = F.linear(F.silu(gate) * up, w_out[n])                          # (rows,C)
         weight = weights[token, choice, None]                                   # (rows,1)
-        y = y.index_add(0, token, (weight * expert).float())
+        out = weight * run_expert(x[token], w_in[n], w_out[n])                  # (rows,C)
+        y = y.index_add(0, token, out.float())
     return y.to(x.dtype)
 
 

@@ -17,7 +17,7 @@ import torch
 from allocator import Counted
 from hub.config import to_hf
 from hub.plug import attach
-from model import generate
+from model import Transformer, generate
 from run.report import markdown
 from run.standins import StandIns, blocks, default_rank, rank_in
 from run.timing import interleaved, summary
@@ -46,6 +46,7 @@ def pairs(cases, device, about):
 def twin_of(model):
     """transformers' MixtralForCausalLM over the memory of our weights; an error for another family."""
     from transformers import MixtralConfig, MixtralForCausalLM
+    assert type(model) is Transformer, 'weights that come and go'
     config = MixtralConfig(**to_hf(model.config))
     with torch.device('meta'):
         twin = MixtralForCausalLM(config).eval()

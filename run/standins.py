@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from allocator import TopK
 from hub.files import InputError
-from moe_dispatch import STATIC_TOKENS, Weighting
+from moe_dispatch import STATIC_TOKENS, Weighting, run_expert
 from run.console import Progress
 from run.evaluate import evaluate
 from run.rules import look
@@ -106,13 +106,6 @@ def refit(s, model, text, policy):
     return fitted
 
 
-def output(moe, n, x):
-    """Expert n at x (rows,C), in fp64."""
-    gate, up = (x @ moe.w_in[n].T).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
-    return (hidden @ moe.w_out[n].T).double()
-
-
 def fit_expert(moe, x, left, ids, n, rank):
     """A (r,C), B (C,r), b (C,) of expert n: reduced-rank regression of its output on x.
 
@@ -124,7 +117,7 @@ def fit_expert(moe, x, left, ids, n, rank):
     weight = left[token, choice, None].double().square()                    # (rows,1)
     weight = weight / weight.sum()
     X = x[token].double()
-    Y = output(moe, n, x[token])
+    Y = run_expert(x[token], moe.w_in[n], moe.w_out[n]).double()
     mean_x = (weight * X).sum(0)
     mean_y = (weight * Y).sum(0)
     B = X.new_zeros(C, rank)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from base.documents import read_documents
 from base.text import tokenize
