@@ -21,7 +21,7 @@ from study.study import thousandths  # noqa: E402
 
 WAYS = {
     'published': 'published: goes to those that run',
-    'rho': 'a fitted part of it does',
+    'kept': 'goes to nobody',
     'stand-ins': 'stays, with a stand-in',
 }
 DOCUMENTS = 'README.md', 'study/README.md', 'scale/README.md', 'hub/README.md', 'assets/bench.md'
