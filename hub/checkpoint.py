@@ -78,8 +78,9 @@ def weight_dtype(folder):
     if not any(folder.glob('*.safetensors')):
         return torch.bfloat16
     layout, _ = read_header(weight_files(folder)[0])
-    largest, *_ = max(layout.values(), key=lambda t: t[3] - t[2], default=[None])
-    return largest if largest in (torch.bfloat16, torch.float16) else torch.float32
+    tensors = [t for t, _, _ in layout.values()]
+    dtype = max(tensors, key=lambda t: t.nbytes, default=torch.empty(0)).dtype
+    return dtype if dtype.itemsize == 2 else torch.float32
 
 
 def weights_digest(tensors):
@@ -91,7 +92,7 @@ def weights_digest(tensors):
     """
     digest = hashlib.sha256()
     for t in tensors:
-        digest.update(raw_bytes(t.cpu().bfloat16()))
+        digest.update(raw_bytes(t.bfloat16()))
     return digest.hexdigest()
 
 
@@ -106,7 +107,7 @@ def base_digest(folder):
             views[expert_names(block, n, c)[2]] = torch.zeros(c.expert_dim)
     for path in weight_files(folder):
         layout, _ = read_header(path)
-        read_into(path, layout, views)
+        read_into(layout, views)
     return weights_digest(views.values())
 
 
@@ -162,47 +163,46 @@ def first_row(n, mesh):
 # ================================================================ load and save
 
 def open_checkpoint(folder, dtype, kind):
-    """(model of class `kind` on the meta device, {path: layout}) of a folder whose weights are all there.
+    """(model of class `kind` on the meta device, layout) of a folder whose weights are all there.
 
     Each tensor is in one file, with the shape that config.json promises: InputError names what is wrong.
-    Nothing but headers has been read.
+    Nothing but headers has been read. The layout is that of `read_header` for all files.
     """
     config = read_config(folder)
-    layouts = {path: read_header(path)[0] for path in weight_files(folder)}
     with torch.device('meta'):
         model = kind(config).to(dtype).requires_grad_(False)
     left = hub_tensors(model)
-    for path, layout in layouts.items():
-        for name, (found, shape, _, _) in layout.items():
-            if name == HEAD and config.tie:                    # it is the embedding
-                continue
+    places = {}
+    for path in weight_files(folder):
+        layout, _ = read_header(path)
+        if config.tie:
+            layout.pop(HEAD, None)                             # it is the embedding
+        for name, (t, _, _) in layout.items():
+            shape = list(t.shape)
             wanted = list(left.pop(name).shape) if name in left else 'none'
-            if shape != wanted or not found.is_floating_point:
-                raise InputError(f'{path}: {name!r:.100} has shape {shape} and {found}; config.json says '
+            if shape != wanted or not t.is_floating_point():
+                raise InputError(f'{path}: {name!r:.100} has shape {shape} and {t.dtype}; config.json says '
                                  f'{wanted}, and quantised weights are not supported')
+        places |= layout
     if left:
         raise InputError(f'{folder}: tensor {min(left)} is missing from the weight files')
-    return model, layouts
+    return model, places
 
 
 def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
     """The frozen Transformer in a folder, in the wanted dtype and on the device.
 
-    `progress(files so far, of all)` is called after each file. InputError names the file or tensor that is
-    wrong.
+    `progress(tensors so far, of all)` is called after each. InputError names the file or tensor that is wrong.
     """
-    model, layouts = open_checkpoint(folder, dtype, Transformer)
-    return fill(model, layouts, device, progress)
+    model, layout = open_checkpoint(folder, dtype, Transformer)
+    return fill(model, layout, device, progress)
 
 
-def fill(model, layouts, device, progress):
+def fill(model, layout, device, progress):
     """Give what `open_checkpoint` returned memory on the device, and the weights in its files."""
     model = model.to_empty(device=device)
     model.tie()
-    views = hub_tensors(model)
-    for i, (path, layout) in enumerate(layouts.items(), 1):
-        read_into(path, layout, views)
-        progress(i, len(layouts))
+    read_into(layout, hub_tensors(model), progress)
     return model
 
 

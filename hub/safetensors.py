@@ -5,7 +5,6 @@ strings under `__metadata__`; then the bytes of the tensors. Every number of a h
 used, and nothing is unpickled.
 """
 import json
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,7 +51,7 @@ def raw_bytes(t):
 
 
 def read_header(path):
-    """({name: (dtype, shape, first byte, byte behind the last)} in the order of the file, metadata).
+    """(layout, metadata). The layout is {name: (tensor without numbers, path, first byte)} in the file's order.
 
     The tensors must follow each other without hole or overlap and end where the file ends. InputError names
     the file, and what is wrong in it. Values are not looked at.
@@ -62,50 +61,49 @@ def read_header(path):
         start = 8 + int.from_bytes(f.read(8), 'little')        # of the tensors
         if start > min(size, LONGEST_HEADER):
             raise ValueError(f'a header of {start} bytes in a file of {size}')
-        header = json.loads(f.read(start - 8))
+        header = json.loads(f.read(start - 8), parse_float=int)            # fails: all numbers are whole
         metadata = header.pop('__metadata__', {})
         layout = {}
-        end = 0
-        for name, t in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
-            dtype = DTYPES[t['dtype']]
-            shape = t['shape']
-            begin, stop = t['data_offsets']
-            whole = all(type(i) is int and i >= 0 for i in [*shape, begin, stop])
-            if not whole or begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f'{name!r:.50} does not follow byte {end}')
-            layout[name] = dtype, shape, start + begin, start + stop
-            end = stop
-        if start + end != size:
-            raise ValueError(f'{size} bytes, the header describes {start + end}')
+        end = start
+        for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+            t = torch.empty(entry['shape'], dtype=DTYPES[entry['dtype']], device='meta')
+            begin = end
+            end += t.nbytes
+            if entry['data_offsets'] != [begin - start, end - start]:
+                raise ValueError(f'{name!r:.50} does not follow byte {begin}')
+            layout[name] = t, path, begin
+        if end != size:
+            raise ValueError(f'{size} bytes, the header describes {end}')
     return layout, metadata
 
 
 def read_safetensors(path):
     """({name: tensor}, metadata) of a whole file."""
     layout, metadata = read_header(path)
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _, _) in layout.items()}
-    read_into(path, layout, tensors)
+    tensors = {name: torch.empty_like(t, device='cpu') for name, (t, _, _) in layout.items()}
+    read_into(layout, tensors)
     return tensors, metadata
 
 
-def read_into(path, layout, views):
-    """Read the tensors of a file that {name: view} names, straight into place where dtype and device allow.
+def read_into(layout, views, progress=lambda done, total: None):
+    """Read the tensors that {name: view} names, straight into place where dtype and device allow.
 
-    layout: of `read_header`. Of a smaller view: what stands first in the tensor. InputError if the file ends
-    early.
+    layout: of `read_header`, of one file or several. Of a smaller view: what stands first in the tensor.
+    `progress(tensors so far, of all)` is called after each. InputError if a file ends early.
     """
     def read(name):
-        dtype, _, begin, _ = layout[name]
+        of_file, path, begin = layout[name]
         view = views[name]
         t = view
-        if view.dtype != dtype or view.device.type != 'cpu':
-            t = torch.empty(view.shape, dtype=dtype)
+        if view.dtype != of_file.dtype or view.device.type != 'cpu':
+            t = torch.empty(view.shape, dtype=of_file.dtype)
         with open(path, 'rb') as f:
             f.seek(begin)
             if f.readinto(raw_bytes(t)) < t.nbytes:
                 raise InputError(f'{path}: {name} ends early; fetch the file again')
-        if t is not view:
-            view.copy_(t)
+        view.copy_(t)                                          # nothing where it is the view itself
 
+    names = [name for name in layout if name in views]
     with ThreadPoolExecutor(READERS) as readers:
-        list(readers.map(read, layout.keys() & views.keys()))
+        for done, _ in enumerate(readers.map(read, names), 1):
+            progress(done, len(names))

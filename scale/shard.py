@@ -24,16 +24,13 @@ class Sharded(LayerByLayer):
 def shard(folder, dtype, device, progress=lambda done, total: None):
     """The frozen `Sharded` model in a hub-format folder; each rank reads only its part of the files."""
     from torch.distributed.fsdp import fully_shard         # half a second that one process need not wait
-    model, layouts = open_checkpoint(folder, dtype, Sharded)
+    model, layout = open_checkpoint(folder, dtype, Sharded)
     mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `end` does
-    views = hub_tensors(model)
-    for layout in layouts.values():
-        for name in views.keys() & layout.keys():
-            dtype, shape, begin, stop = layout[name]
-            if len(views[name]) < shape[0]:                    # this rank's rows begin further behind
-                row = (stop - begin) // shape[0]               # bytes
-                begin += row * first_row(shape[0], mesh)
-                layout[name] = dtype, shape, begin, stop
-    return fill(model, layouts, device, progress)
+    for name, view in hub_tensors(model).items():
+        t, path, begin = layout[name]
+        if len(view) < len(t):                                 # this rank's rows begin further behind
+            begin += t[0].nbytes * first_row(len(t), mesh)
+            layout[name] = t, path, begin
+    return fill(model, layout, device, progress)

@@ -62,9 +62,9 @@ class Streamed(LayerByLayer):
     pinned = False                 # are all layers in page-locked memory?
     side = None                    # the stream on which a GPU gets them
 
-    def prepare(self, layouts, device, progress):
-        """Take the buffers and read what is not streamed. layouts: as hub/checkpoint.py:open_checkpoint."""
-        self.layouts = layouts
+    def prepare(self, layout, device, progress):
+        """Take the buffers and read what is not streamed. layout: as hub/checkpoint.py:open_checkpoint."""
+        self.layout = layout
         self.thread = ThreadPoolExecutor(1)
         n = len(self.layers)
         size = max(map(flat_size, self.layers))
@@ -91,8 +91,7 @@ class Streamed(LayerByLayer):
     def read(self, *starts):
         """Fill the views whose hub names start so from the files."""
         views = {name: view for name, view in self.views.items() if name.startswith(starts)}
-        for path, layout in self.layouts.items():
-            read_into(path, layout, views)
+        read_into(self.layout, views)
 
     def fetch(self, i):
         """In the reading thread: bring layer i into its buffer."""
@@ -140,6 +139,6 @@ def lay_out(layers, buffers):
 
 def stream(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
     """The frozen `Streamed` model in a folder: its layers in page-locked host memory, or in their files."""
-    model, layouts = open_checkpoint(folder, dtype, Streamed)
-    model.prepare(layouts, device, progress)
+    model, layout = open_checkpoint(folder, dtype, Streamed)
+    model.prepare(layout, device, progress)
     return model
