@@ -189,7 +189,7 @@ def open_checkpoint(folder, dtype, kind):
     return model, places
 
 
-def load(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
+def load(folder, dtype=torch.float32, device='cpu', progress=None):
     """The frozen Transformer in a folder, in the wanted dtype and on the device.
 
     `progress(tensors so far, of all)` is called after each. InputError names the file or tensor that is wrong.

@@ -85,7 +85,7 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def read_into(layout, views, progress=lambda done, total: None):
+def read_into(layout, views, progress=None):
     """Read the tensors that {name: view} names, straight into place where dtype and device allow.
 
     layout: of `read_header`, of one file or several. Of a smaller view: what stands first in the tensor.
@@ -106,4 +106,5 @@ def read_into(layout, views, progress=lambda done, total: None):
     names = [name for name in layout if name in views]
     with ThreadPoolExecutor(READERS) as readers:
         for done, _ in enumerate(readers.map(read, names), 1):
-            progress(done, len(names))
+            if progress:
+                progress(done, len(names))

@@ -21,7 +21,7 @@ class Sharded(LayerByLayer):
         layer.reshard()
 
 
-def shard(folder, dtype, device, progress=lambda done, total: None):
+def shard(folder, dtype, device, progress=None):
     """The frozen `Sharded` model in a hub-format folder; each rank reads only its part of the files."""
     from torch.distributed.fsdp import fully_shard         # half a second that one process need not wait
     model, layout = open_checkpoint(folder, dtype, Sharded)

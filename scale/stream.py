@@ -82,11 +82,10 @@ class Streamed(LayerByLayer):
         lay_out(self.layers, self.host)
         self.views = hub_tensors(self)
         lay_out(self.layers, self.buffers)
-        self.read('model.embed_tokens.', 'model.norm.', 'lm_head.')
         if self.pinned:
-            for i in range(n):
-                self.read(f'model.layers.{i}.')
-                progress(i + 1, n)
+            read_into(layout, self.views, progress)
+        else:
+            self.read('model.embed_tokens.', 'model.norm.', 'lm_head.')
 
     def read(self, *starts):
         """Fill the views whose hub names start so from the files."""
@@ -137,7 +136,7 @@ def lay_out(layers, buffers):
         layer.load_state_dict(views, assign=True)
 
 
-def stream(folder, dtype=torch.float32, device='cpu', progress=lambda done, total: None):
+def stream(folder, dtype=torch.float32, device='cpu', progress=None):
     """The frozen `Streamed` model in a folder: its layers in page-locked host memory, or in their files."""
     model, layout = open_checkpoint(folder, dtype, Streamed)
     model.prepare(layout, device, progress)
