@@ -192,7 +192,8 @@ def open_checkpoint(folder, dtype, kind):
 def load(folder, dtype=torch.float32, device='cpu', progress=None):
     """The frozen Transformer in a folder, in the wanted dtype and on the device.
 
-    `progress(tensors so far, of all)` is called after each. InputError names the file or tensor that is wrong.
+    `progress(tensors so far, of all)` is called after each. InputError names the file or tensor that is
+    wrong.
     """
     model, layout = open_checkpoint(folder, dtype, Transformer)
     return fill(model, layout, device, progress)

@@ -51,7 +51,7 @@ def attach(model, policy):
         block.experts._is_expert_parallel = True
     criteria = getattr(model, '_get_stopping_criteria', None)
     if criteria:                                               # it can generate
-        model._get_stopping_criteria = lambda *args, **kwargs: Ends(criteria(*args, **kwargs), tally.here)
+        model._get_stopping_criteria = lambda *args, **kwargs: noting(criteria(*args, **kwargs), tally.here)
         undo(delattr, model, '_get_stopping_criteria')
     decoder.__reduce_ex__ = refuse_copies
     undo(delattr, decoder, '__reduce_ex__')
@@ -159,26 +159,22 @@ class Tally(Counted):
                 self.by_layer[layer] = counts.scatter_add(0, k, real.to(k.device))
 
 
-class Ends(list):
-    """The stopping criteria of a generate, which notes after every pass which rows have ended."""
+def noting(criteria, here):
+    """The stopping criteria of a generate, which also note after every pass which rows have ended."""
+    class Ends(type(criteria)):                                # transformers' list of them
+        stopped = False                                                     # (B,) bool
 
-    def __init__(self, criteria, here):
-        super().__init__(criteria)
-        self.criteria = criteria
-        self.max_length = criteria.max_length
-        self.here = here
-        self.stopped = False                                   # (B,) bool
-
-    def __call__(self, ids, scores, **kwargs):
-        stops = self.criteria(ids, scores, **kwargs)                        # (B,) bool
-        self.stopped = self.stopped | stops
-        ended = self.stopped
-        for criterion in self:
-            rows = getattr(criterion, 'done_tracker', [])      # lm-eval's lets a row that has ended run on
-            if len(rows) == len(ids):
-                ended = ended | torch.tensor(rows, device=ids.device)
-        self.here.ended = None if self.stopped.all() else ended
-        return stops
+        def __call__(self, ids, scores, **kwargs):
+            stops = super().__call__(ids, scores, **kwargs)                 # (B,) bool
+            self.stopped = self.stopped | stops
+            ended = self.stopped
+            for criterion in self:
+                rows = getattr(criterion, 'done_tracker', [])  # lm-eval's lets a row that has ended run on
+                if len(rows) == len(ids):
+                    ended = ended | torch.tensor(rows, device=ids.device)
+            here.ended = None if self.stopped.all() else ended
+            return stops
+    return Ends(criteria)
 
 
 def real_tokens(x, mask, past):

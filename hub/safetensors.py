@@ -51,7 +51,7 @@ def raw_bytes(t):
 
 
 def read_header(path):
-    """(layout, metadata). The layout is {name: (tensor without numbers, path, first byte)} in the file's order.
+    """(layout, metadata); layout: {name: (a tensor without numbers, path, first byte)} in the file's order.
 
     The tensors must follow each other without hole or overlap and end where the file ends. InputError names
     the file, and what is wrong in it. Values are not looked at.

@@ -130,9 +130,9 @@ def lay_out(layers, buffers):
         flat = buffers[i % len(buffers)]
         views = {}
         for name, p in layer.named_parameters():
-            views[name] = flat[:p.numel()].view(p.shape)
-            taken = -(-p.numel() // ALIGNED) * ALIGNED
-            flat = flat[taken:]
+            n = p.numel()
+            views[name] = flat[:n].view(p.shape)
+            flat = flat[n + -n % ALIGNED:]                     # the next begins aligned
         layer.load_state_dict(views, assign=True)
 
 
