@@ -46,7 +46,7 @@ def attach(model, policy):
         hook = router_hook(layer, tally, how, stand_in, config)
         undo(block.gate.register_forward_hook(eager(hook)).remove)
         if stand_in:
-            undo(block.register_forward_hook(eager(add_standins(tally.here))).remove)
+            undo(block.register_forward_hook(eager(tally.add_standins)).remove)
         undo(setattr, block.experts, '_is_expert_parallel', block.experts._is_expert_parallel)
         block.experts._is_expert_parallel = True
     criteria = getattr(model, '_get_stopping_criteria', None)
@@ -108,7 +108,7 @@ class Pass(threading.local):
     """A pass through the model, of which each thread may have one."""
     real = None                     # which of its tokens are real, (P,) int64 0 or 1; None: not known
     standing_in = None              # what the block that runs must still add, (P,C)
-    ended = None                    # which rows of its generate have ended, (B,) bool; None: none
+    ended = ()                      # which rows of its generate have ended, (B,) bool; (): none
 
 
 class Tally(Counted):
@@ -144,11 +144,11 @@ class Tally(Counted):
             warnings.warn('attach: a pass is not counted: its mask does not tell which tokens are padding')
             self.unsure += 1
         else:
-            if ended is not None and len(ended) == len(x):
+            if len(ended) == len(x):
                 real = real & ~ended[:, None]
             real = real.flatten().long()
         self.here.real = real
-        self.here.ended = None                                 # until generate looks again
+        self.here.ended = ()                                   # until generate looks again
 
     def count(self, layer, x, probs, k):
         """Adds on the device of k (P,): no GPU waits for the host."""
@@ -157,6 +157,10 @@ class Tally(Counted):
             with self.lock:
                 counts = self.by_layer[layer].to(k.device)
                 self.by_layer[layer] = counts.scatter_add(0, k, real.to(k.device))
+
+    def add_standins(self, block, args, output):
+        """After a block: its output with what stands in for experts that do not run."""
+        return output + self.here.standing_in.view_as(output)
 
 
 def noting(criteria, here):
@@ -172,7 +176,7 @@ def noting(criteria, here):
                 rows = getattr(criterion, 'done_tracker', [])  # lm-eval's lets a row that has ended run on
                 if len(rows) == len(ids):
                     ended = ended | torch.tensor(rows, device=ids.device)
-            here.ended = None if self.stopped.all() else ended
+            here.ended = () if self.stopped.all() else ended
             return stops
     return Ends(criteria)
 
@@ -219,11 +223,6 @@ def router_hook(layer, tally, how, stand_in, config):
         ids = torch.where(used(k, ids.shape[1]), ids, config.n_experts)
         return logits, chosen.to(weights.dtype), ids
     return hook
-
-
-def add_standins(here):
-    """A forward hook (block, inputs, output) -> output with what stands in for experts that do not run."""
-    return lambda block, args, output: output + here.standing_in.view_as(output)
 
 
 def check_blocks(decoder):
