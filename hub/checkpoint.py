@@ -156,8 +156,8 @@ def hub_tensors(model):
 
 
 def first_row(n, mesh):
-    """The first of n rows that this rank keeps: FSDP gives ceil(n / ranks) to each, the rest to the last."""
-    return min(mesh.get_local_rank() * -(-n // mesh.size()), n)
+    """Where this rank's part of n rows begins: FSDP gives ceil(n / ranks) to each, while there are any."""
+    return mesh.get_local_rank() * -(-n // mesh.size())
 
 
 # ================================================================ load and save

@@ -76,15 +76,11 @@ def refuse_copies(protocol):
 
 
 def unwrap(model):
-    """(the model of transformers inside its wrappers, the same without a head)."""
-    while not hasattr(type(model), 'base_model_prefix'):
-        if hasattr(model, '_orig_mod'):                        # of torch.compile
-            model = model._orig_mod
-        elif hasattr(model, 'get_base_model'):                 # of PEFT
-            model = model.get_base_model()
-        else:
-            raise InputError(f'attach, detach: {type(model).__name__} is no model of transformers')
-    return model, model.base_model
+    """(the model of transformers inside its wrappers, of PEFT or torch.compile; the same without a head)."""
+    for module in model.modules():                             # the outermost first
+        if hasattr(type(module), 'base_model_prefix'):
+            return module, module.base_model
+    raise InputError(f'attach, detach: {type(model).__name__} is no model of transformers')
 
 
 def digest_weights(blocks):

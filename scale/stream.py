@@ -5,6 +5,7 @@ is, and the next one is being transferred. All passes of a step share one sweep 
 so with enough tokens the transfer takes no longer than computing. The logits are those of the loaded model to
 the last bit.
 """
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -125,9 +126,8 @@ def flat_size(layer):
 
 
 def lay_out(layers, buffers):
-    """Let the parameters of layer i be views into flat buffer i, modulo their number, one behind another."""
-    for i, layer in enumerate(layers):
-        flat = buffers[i % len(buffers)]
+    """Let the parameters of each layer be views into one of the flat buffers in turn, one behind another."""
+    for layer, flat in zip(layers, itertools.cycle(buffers)):
         views = {}
         for name, p in layer.named_parameters():
             n = p.numel()
