@@ -100,8 +100,7 @@ class Streamed(LayerByLayer):
         if self.side:
             host = self.host[i % len(self.host)]
             with torch.cuda.stream(self.side):
-                # waits for the end where the host's only buffer will be written again
-                self.buffers[i % 2].copy_(host, non_blocking=self.pinned)
+                self.buffers[i % 2].copy_(host)                # this thread waits for its end
 
     def begin(self, i):
         """As LayerByLayer's; layer i may come once the device has done what it was asked to do so far.
@@ -111,13 +110,7 @@ class Streamed(LayerByLayer):
         side = self.side
         if side:
             side.wait_stream(torch.cuda.current_stream(side.device))
-        coming = self.thread.submit(self.fetch, i)
-
-        def wait():
-            coming.result()
-            if side:
-                torch.cuda.current_stream(side.device).wait_stream(side)
-        return wait
+        return self.thread.submit(self.fetch, i).result
 
 
 def flat_size(layer):
