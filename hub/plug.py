@@ -38,7 +38,8 @@ def attach(model, policy):
     if policy.k_max > config.n_experts:
         raise InputError(f'attach: up to {policy.k_max} experts, where the model has {config.n_experts}')
     tally = Tally(policy, len(blocks))
-    undo = tally.undo.callback
+    undoing = contextlib.ExitStack()                           # what detach does
+    undo = undoing.callback
     eager = torch.compiler.disable                             # a compiled hook would not count
     undo(decoder.register_forward_pre_hook(eager(tally.begin), with_kwargs=True).remove)
     for layer, block in enumerate(blocks):
@@ -55,7 +56,7 @@ def attach(model, policy):
         undo(delattr, model, '_get_stopping_criteria')
     decoder.__reduce_ex__ = refuse_copies
     undo(delattr, decoder, '__reduce_ex__')
-    decoder._ada_k = tally
+    decoder._ada_k = undoing
     torch.compiler.reset()                                     # code compiled before knows of no hooks
     return tally
 
@@ -63,10 +64,10 @@ def attach(model, policy):
 def detach(model):
     """Take the policy out again: the model computes what it did before, to the last bit."""
     _, decoder = unwrap(model)
-    tally = vars(decoder).pop('_ada_k', None)
-    if tally is None:
+    undoing = vars(decoder).pop('_ada_k', None)
+    if undoing is None:
         raise InputError('detach: no policy is attached to this model')
-    tally.undo.close()
+    undoing.close()
     torch.compiler.reset()
 
 
@@ -120,7 +121,6 @@ class Tally(Counted):
         self.unsure = 0
         self.here = Pass()
         self.lock = threading.Lock()
-        self.undo = contextlib.ExitStack()                     # what detach does
 
     @property
     def counts(self):
