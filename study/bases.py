@@ -30,8 +30,6 @@ WAYS = {
     'stand-ins': {},
     'beyond': {'beyond': 1, 'budget': 1.0},
 }
-METHODS = *RULES, 'soft', 'ada-k'
-FEW_METHODS = *RULES, 'ada-k'
 
 
 def columns(results):
@@ -49,15 +47,15 @@ def main(argv):
     out = open_out('out/bases', 'bases.json', 'bases.png')
     results = {}
     for name in a.only:
-        run = Path('out') / name
         of_ways = {}
         for way, changes in WAYS.items():
-            done = run / f'bases-{way}' / 'bases.json'
+            folder = Path(f'out/{name}/bases-{way}')
+            done = folder / 'bases.json'
             if not done.exists():
                 s = Settings(preset=name, **PRESETS[name], **changes)
-                study = Study(s, open_out(run), f'bases-{way}')
-                methods = METHODS if way == 'stand-ins' else FEW_METHODS
-                write_json(done, measure(study, [s.budget], methods))
+                study = Study(s, folder)
+                learnt = ['soft', 'ada-k'] if way == 'stand-ins' else ['ada-k']
+                write_json(done, measure(study, [s.budget], [*RULES, *learnt]))
             of_ways[way] = read_json(done)
         results[name] = {
             **of_ways['stand-ins'],

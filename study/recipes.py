@@ -8,7 +8,6 @@ epochs a rollout. Here a batch has as many tokens in sequences of the run's own 
 for 0.75 K and its price set to it. A stopped study goes on where it was.
 """
 from dataclasses import replace
-from pathlib import Path
 
 from hub.files import write_json
 from run.console import one_line_errors
@@ -88,7 +87,7 @@ def main(argv):
     for what, changes in recipes(study.s).items():
         of = study
         if changes.keys() & FITTED:
-            of = Study(replace(study.s, **changes), Path(a.run), f'recipes-{what}')
+            of = Study(replace(study.s, **changes), study.folder.with_name(f'recipes-{what}'))
         measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, budget=BUDGET, **changes))
         row, _ = of.row([measurement])
         rows.append({'what': what, **row})

@@ -37,22 +37,21 @@ class Study:
     from those of the study that is there already.
     """
 
-    def __init__(self, s, out, name):
+    def __init__(self, s, folder):
         check_ranks(s)
         self.s = replace(s, price=None)
-        self.model, self.tokenizer, texts, self.digest = base_model(s, out)
+        there = [path.name for path in folder.glob('*')]
+        self.folder = open_out(folder, *there)
+        self.model, self.tokenizer, texts, self.digest = base_model(s, folder.parent)
         self.text, heldout = texts
         self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
         self.fitted, self.families = prepare(s, self.model, self.text)
-        self.folder = out / name
-        there = [path.name for path in self.folder.glob('*')]
-        open_out(self.folder, *there)
         facts = {
             'base': self.digest,
             'text': [len(text.tokens) for text in texts],
             **asdict(s),
         }
-        path = self.folder / 'study.json'
+        path = folder / 'study.json'
         old = read_json(path, facts)
         for fact, value in facts.items():
             if fact not in FREE and old.get(fact) != value:
@@ -149,4 +148,4 @@ def parser(doc):
 def open_study(a, name, **changes):
     """The Study called `name` of a.run, with changes to its Settings; joins the ranks."""
     open_model_flags(a)
-    return Study(replace(settings_of(a), **changes), Path(a.run), name)
+    return Study(replace(settings_of(a), **changes), Path(a.run) / name)
