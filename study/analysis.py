@@ -13,7 +13,6 @@ from allocator import Watched
 from hub.files import write_json
 from run.console import one_line_errors
 from run.evaluate import evaluate
-from run.ranks import gathered
 from run.report import plt, save_figure
 from run.state import trained_policy
 from study.study import open_study, parser
@@ -58,8 +57,7 @@ def analyse(study, policy):
     by_layer = [[] for _ in range(study.families.L)]
     watched = Watched(policy, lambda layer, x, probs, k: by_layer[layer].append(k.cpu()))
     evaluate(study.model, study.windows, [watched])
-    k = torch.stack([torch.cat(parts) for parts in by_layer])
-    k = torch.cat(gathered(k), dim=1).numpy()                               # (L,n)
+    k = torch.stack([torch.cat(parts) for parts in by_layer]).numpy()       # (L,n)
     of_token = k.mean(0)
     classes = np.concatenate([
         list(token_classes(study.tokenizer, ids))

@@ -42,22 +42,19 @@ def make(exercise, folder):
     """Copy the project's own files to `folder`, one function blanked, and say how to go on."""
     if folder.exists():
         raise InputError(f'{folder} is there already and stays as it is: go on there, or move it away')
-    new = folder.with_name(f'{folder.name}.new')
-    new.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     for path in ROOT.glob('[!.]*'):
         if path.is_file():
-            shutil.copy(path, new)
+            shutil.copy(path, folder)
         elif any(path.glob('*.py')):                           # not what was trained or downloaded
             shutil.copytree(
                 path,
-                new / path.name,
-                ignore=shutil.ignore_patterns('__pycache__'),
-                dirs_exist_ok=True)
-    file = exercise['file']
-    (new / file).write_text(blanked((ROOT / file).read_text(), exercise))
-    new.rename(folder)                                         # whole, or not there at all
+                folder / path.name,
+                ignore=shutil.ignore_patterns('__pycache__'))
+    file = folder / exercise['file']
+    file.write_text(blanked(file.read_text(), exercise))
     print(f'{folder.name}, about {exercise["minutes"]} minutes: {exercise["equation"]}\n'
-          f'open {folder / file} and write what "your turn" asks for\n'
+          f'open {file} and write what "your turn" asks for\n'
           f'then python -m study.exercise {folder.name} --check')
 
 
@@ -68,7 +65,7 @@ def check(exercise, folder):
     lines = done.stdout.splitlines()
     if done.returncode:
         # where it failed in the project's files, and what pytest says of it
-        told = [line[:110] for line in lines if re.match(r'\w[\w/]*\.py:\d+: |E +\S|ERROR', line)]
+        told = [line for line in lines if re.match(r'\w[\w/]*\.py:\d+: |E +\S|ERROR', line)]
         print(f'{folder.name}: not yet', *told[:10], sep='\n')
         sys.exit(1)
     print(f'{folder.name}: {lines[-1]}. Now compare yours with {exercise["file"]}:{exercise["function"]}')

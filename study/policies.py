@@ -94,9 +94,8 @@ def open_policy(a):
     s = settings_of(a)
     folder = base_folder(s, Path(a.run))
     config = read_config(folder)
-    digest = base_digest(folder)
     if a.policy == 'ada-k' and a.run:
-        policy = trained_policy(a.run, config, digest, s.device)
+        policy = trained_policy(a.run, config, base_digest(folder), s.device)
     else:
         policy = rule(a.policy, config)
     return s, folder, config, policy
