@@ -71,7 +71,7 @@ def check(exercise, folder):
     print(f'{folder.name}: {lines[-1]}. Now compare yours with {exercise["file"]}:{exercise["function"]}')
 
 
-def main(argv=None):
+def main(argv):
     p = OneLineParser(__doc__)
     p.add_argument('name', nargs='?', choices=EXERCISES, help='an exercise (without it: the list)')
     p.add_argument('--check', action='store_true', help='run its tests on your copy')

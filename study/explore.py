@@ -129,7 +129,7 @@ def passage_of(a, s, tokenizer):
     return tokenizer.encode(max(heldout, key=len))[:LONGEST // 2]           # fits on a screen
 
 
-def main(argv=None):
+def main(argv):
     p = parser(__doc__)
     p.add_argument('--text', help='a file with the passage (default: the start of a held-out document)')
     p.add_argument('--prompt', help='the passage itself')

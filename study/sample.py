@@ -19,7 +19,7 @@ from scale.graph import graph_decoder
 from study.policies import open_policy, policy_flags
 
 
-def main(argv=None):
+def main(argv):
     p = OneLineParser(__doc__)
     policy_flags(p)
     model_flags(p)

@@ -39,7 +39,7 @@ class Study:
 
     def __init__(self, s, folder):
         check_ranks(s)
-        self.s = replace(s, price=None)
+        self.s = s
         there = [path.name for path in folder.glob('*')]
         self.folder = open_out(folder, *there)
         self.model, self.tokenizer, texts, self.digest = base_model(s, folder.parent)
@@ -146,6 +146,9 @@ def parser(doc):
 
 
 def open_study(a, name, **changes):
-    """The Study called `name` of a.run, with changes to its Settings; joins the ranks."""
+    """The Study called `name` of a.run, with changes to its Settings; joins the ranks.
+
+    No price is fixed: it follows from a budget.
+    """
     open_model_flags(a)
-    return Study(replace(settings_of(a), **changes), Path(a.run) / name)
+    return Study(replace(settings_of(a), price=None, **changes), Path(a.run) / name)

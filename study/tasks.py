@@ -86,7 +86,7 @@ def task_table(rows):
     return markdown(['task', 'shots', 'metric', 'policy', 'value', '±', 'mean k'], lines)
 
 
-def main(argv=None):
+def main(argv):
     p = OneLineParser(__doc__)
     p.add_argument('tasks', metavar='NAME[,NAME]', help='tasks or groups of the harness, or .yaml files')
     policy_flags(p)
