@@ -107,10 +107,9 @@ def table(columns):
     lines = []
     for method in METHODS:
         there = [rows.get(method, {}) for rows in columns.values()]
-        cells = [thousandths(row) for row in there]
-        if any(cells):
-            seeds = max(row.get('seeds', 0) for row in there)
-            lines.append([method, str(seeds), *cells])
+        seeds = [row['seeds'] for row in there if row]
+        if seeds:
+            lines.append([method, str(max(seeds)), *map(thousandths, there)])
     ada = [rows['ada-k'] for rows in columns.values()]
     for name, other, what in (
         ('best_free', 'the best rule without training', 'at_equal_k'),
