@@ -6,7 +6,6 @@ import re
 from keyword import kwlist
 
 import numpy as np
-import torch
 
 import run.standins as standins
 from allocator import Watched
@@ -57,7 +56,7 @@ def analyse(study, policy):
     by_layer = [[] for _ in range(study.families.L)]
     watched = Watched(policy, lambda layer, x, probs, k: by_layer[layer].append(k.cpu()))
     evaluate(study.model, study.windows, [watched])
-    k = torch.stack([torch.cat(parts) for parts in by_layer]).numpy()       # (L,n)
+    k = np.stack([np.concatenate(parts) for parts in by_layer])             # (L,n)
     of_token = k.mean(0)
     classes = np.concatenate([
         list(token_classes(study.tokenizer, ids))
