@@ -24,7 +24,7 @@ from hub.files import InputError, write_whole
 from hub.tokenizer import Tokenizer
 from run.console import one_line_errors, open_out
 from run.evaluate import flops_shares
-from run.rules import SkipFamilies, look
+from run.rules import SkipFamilies
 from study.policies import open_policy
 from study.study import DEAREST, parser
 
@@ -41,8 +41,8 @@ def explore(model, tokenizer, ids, T, allocators):
     """The numbers of the page: rows of top-k, and of each policy by budget.
 
     ids: the n tokens of the passage, read in windows of T. Ada-K meets a budget by its price, the others are
-    calibrated to its mean k. Ada-K's rows also have the allocators' probabilities of each k, (L,n,k_max).
-    `router`, (L,n,SHOWN), is under top-k.
+    calibrated to its mean k. Ada-K's rows also have the allocators' probabilities of each k, (L,n,k_max), that
+    of top-k the largest of the router, (L,n,SHOWN).
     """
     config = model.config
     K = config.top_k
@@ -55,11 +55,12 @@ def explore(model, tokenizer, ids, T, allocators):
 
         A token's loss is that of predicting the token behind it; the last one has none.
         """
-        decisions = []                                         # (layer, x, probs, k) of every layer
-        watched = Watched(policy, lambda *decision: decisions.append(decision))
+        decisions = []                                         # (x, probs, k) of every layer
+        watched = Watched(policy, lambda layer, *seen: decisions.append([t[:n] for t in seen]))
         torch.manual_seed(0)                                   # for the policy that draws
         states = model.hidden(windows, watched).flatten(0, 1)[:n]           # (n,C)
-        k = torch.stack([k[:n] for *_, k in decisions]).cpu()               # (L,n)
+        xs, probs, ks = zip(*decisions)
+        k = torch.stack(ks).cpu()                                           # (L,n)
         logits = model.lm_head(states).float()                              # (n,V)
         losses = -ppo.next_token_logp(logits[:-1], ids[1:])                 # (n-1,)
         best, guesses = logits.softmax(-1).topk(SHOWN)                      # (n,SHOWN) both
@@ -78,10 +79,13 @@ def explore(model, tokenizer, ids, T, allocators):
         }
         if isinstance(policy, AdaK):
             choices = [
-                F.linear(allocators.raw(x, probs), *policy.maps[layer]).softmax(-1)
-                for layer, x, probs, _ in decisions
+                F.linear(allocators.raw(x, p), *of_layer).softmax(-1)
+                for x, p, of_layer in zip(xs, probs, policy.maps)
             ]
-            shown['choices'] = packed(100 * torch.stack(choices)[:, :n])    # (L,n,k_max)
+            shown['choices'] = packed(100 * torch.stack(choices))           # (L,n,k_max)
+        if isinstance(policy, TopK):
+            largest = torch.stack(probs).topk(min(SHOWN, config.n_experts)).values
+            shown['router'] = packed(100 * largest)                         # (L,n,SHOWN)
         return shown
 
     families = SkipFamilies(model, [windows])
@@ -100,13 +104,9 @@ def explore(model, tokenizer, ids, T, allocators):
         knobs = [find_knob(measured, mean_k, low, high, most) for mean_k in mean_ks]
         rows[name] = [{'knob': knob, **row(policy_of(knob))} for knob in knobs]
         mean_ks = [of_budget['mean_k'] for of_budget in rows['ada-k']]      # of all others
-
-    def routed(layer, x, probs):
-        return 100 * probs.topk(min(SHOWN, config.n_experts)).values
     return {
         'K': K,
         'top-k': row(TopK(K)),
-        'router': packed(torch.stack(look(model, windows, routed))[:, :n]),
         'policies': rows,
     }
 
