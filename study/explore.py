@@ -41,8 +41,8 @@ def explore(model, tokenizer, ids, T, allocators):
     """The numbers of the page: rows of top-k, and of each policy by budget.
 
     ids: the n tokens of the passage, read in windows of T. Ada-K meets a budget by its price, the others are
-    calibrated to its mean k. Ada-K's rows also have the allocators' probabilities of each k, (L,n,k_max), that
-    of top-k the largest of the router, (L,n,SHOWN).
+    calibrated to its mean k. Ada-K's rows also have the allocators' probabilities of each k, (L,n,k_max), and
+    top-k's the largest of the router, (L,n,SHOWN).
     """
     config = model.config
     K = config.top_k
