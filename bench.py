@@ -108,7 +108,7 @@ def dispatch_rows(name, stage, layer, T, matmul, copy):
         'limit_ms': limits,
         'k_share': batch[3].float().mean().item() / layer.weighting.top_k, # of `fewer`, the last
     }
-    return pairs(cases, layer.w_in.device, about)
+    return pairs(cases, about)
 
 
 @torch.no_grad()

@@ -28,14 +28,14 @@ WAYS = 'eager', 'grouped_mm'                # in which transformers runs its exp
 PROMPT = 16                                 # tokens before those that are written
 
 
-def pairs(cases, device, about):
+def pairs(cases, about):
     """A row of every path in cases {(path, one of CHOICES): run}, with the summary of either's times.
 
     All are timed in the same rounds, so that ratios between them mean something. `about` goes into every row.
     """
     print(f'timing {about["name"]}, {about["stage"]}', file=sys.stderr)
     rows = {}
-    for (path, choice), times in interleaved(cases, device).items():
+    for (path, choice), times in interleaved(cases).items():
         row = rows.setdefault(path, {**about, 'path': path})
         row[choice] = summary(times)
     return list(rows.values())
@@ -125,7 +125,7 @@ def whole_rows(name, model, tokens, policy):
         generate(model, prompt, new, tally)
         about = {'name': name, 'stage': stage, 'k_share': tally.mean() / model.config.top_k}
         runs = {case: partial(run, prompt, n=new) for case, run in cases.items()}
-        rows += pairs(runs, model.device, about)
+        rows += pairs(runs, about)
     return rows
 
 

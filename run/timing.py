@@ -2,29 +2,26 @@
 import platform
 import statistics
 from functools import partial
-from time import perf_counter
 
 import torch
+from torch.utils.benchmark import timer         # waits until the device has done what it was given
 
 ROUNDS = 7      # in which every case is timed once
 
 
-def interleaved(cases, device):
+def interleaved(cases):
     """{name: [seconds, ..]} of callables {name: run}, in turn in every round, behind one that warms up.
 
     Every second round runs backwards, as a case may profit from what another leaves in the caches.
     """
-    wait = torch.get_device_module(device).synchronize         # until the device has done what it was given
     times = {name: [] for name in cases}
     order = list(cases.items())
     for r in range(ROUNDS + 1):
         for name, run in order:
-            wait()
-            start = perf_counter()
+            start = timer()
             run()
-            wait()
             if r > 0:
-                times[name].append(perf_counter() - start)
+                times[name].append(timer() - start)
         order.reverse()
     return times
 
@@ -52,5 +49,5 @@ def rates(device):
         x = torch.randn(m, m).to(device, getattr(torch, dtype))
         cases[dtype] = partial(torch.mm, x, x)
         work[dtype] = 2 * m ** 3
-    times = interleaved(cases, device)
+    times = interleaved(cases)
     return {name: work[name] / min(times[name]) for name in cases}

@@ -64,7 +64,7 @@ def measure_stream(folder):
             'streamed': lambda: streamed.hidden(tokens),
         }
         rows.append({'tokens': tokens.numel()})
-        for name, times in interleaved(cases, torch.device('cpu')).items():
+        for name, times in interleaved(cases).items():
             rows[-1][name] = summary(times)
     limit = int(3.5e9)
     out = folder / 'limited'
