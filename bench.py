@@ -94,21 +94,17 @@ def limit(x, ids, weights, k, w_in, w_out, matmul, copy):
 
 def dispatch_rows(name, stage, layer, T, matmul, copy):
     """One row per path that runs T tokens through the experts of a layer."""
-    cases = {}
-    limits = {}
-    for choice in CHOICES:
-        batch = routed(layer, T, choice)
-        limits[choice] = limit(*batch, matmul, copy)
-        for path in paths_for(batch[0]):
-            cases[path.__name__, choice] = partial(path, *batch)
+    batches = {choice: routed(layer, T, choice) for choice in CHOICES}
+    x, _, _, k, w_in, _ = batches['fewer']
     about = {
         'name': name,
         'stage': stage,
-        'default': moe_dispatch.path_of(T, layer.w_in).__name__,
-        'limit_ms': limits,
-        'k_share': batch[3].float().mean().item() / layer.weighting.top_k, # of `fewer`, the last
+        'default': moe_dispatch.path_of(T, w_in).__name__,
+        'limit_ms': {choice: limit(*batch, matmul, copy) for choice, batch in batches.items()},
+        'k_share': k.float().mean().item() / layer.weighting.top_k,
     }
-    return pairs(cases, about)
+    paths = {path.__name__: path for path in paths_for(x)}
+    return pairs(about, paths, batches)
 
 
 @torch.no_grad()

@@ -24,20 +24,22 @@ from run.timing import interleaved, summary
 from scale.graph import graph_decoder
 
 CHOICES = 'top-k', 'fewer'                  # numbers of experts
-WAYS = 'eager', 'grouped_mm'                # in which transformers runs its experts
 PROMPT = 16                                 # tokens before those that are written
 
 
-def pairs(cases, about):
-    """A row of every path in cases {(path, one of CHOICES): run}, with the summary of either's times.
+def pairs(about, paths, batches):
+    """A row of every path {name: function}, with the times of both batches {one of CHOICES: its arguments}.
 
     All are timed in the same rounds, so that ratios between them mean something. `about` goes into every row.
     """
     print(f'timing {about["name"]}, {about["stage"]}', file=sys.stderr)
-    rows = {}
+    cases = {}
+    for choice, batch in batches.items():
+        for path, run in paths.items():
+            cases[path, choice] = partial(run, *batch)
+    rows = {path: {**about, 'path': path} for path in paths}
     for (path, choice), times in interleaved(cases).items():
-        row = rows.setdefault(path, {**about, 'path': path})
-        row[choice] = summary(times)
+        rows[path][choice] = summary(times)
     return list(rows.values())
 
 
@@ -62,8 +64,9 @@ def twin_of(model):
     return twin
 
 
-def theirs(twin, way, prompt, n):
-    """transformers reads prompt (B,T), and writes n tokens by its own loop, greedy -> (B,T+n)."""
+def theirs(twins, way, prompt, n, choose_k):
+    """As model.py:generate, by transformers' own loop: twins {choose_k: a model with that policy}."""
+    twin = twins[choose_k]
     twin.config._experts_implementation = way
     return twin.generate(
         prompt,
@@ -86,35 +89,28 @@ def random_standins(model):
     return [StandIns(*(like.new_ones(c.n_experts, *size).normal_() for size in sizes)) for _ in c.moe_layers]
 
 
-def with_standins(model, standins, prompt, **how):
+def with_standins(model, standins, prompt, n, choose_k):
     """generate, with what stands in for experts that do not run."""
     for moe, of_layer in zip(blocks(model), standins):
         moe.standins = of_layer
-    text = generate(model, prompt, **how)
+    generate(model, prompt, n, choose_k, decoder=graph_decoder)
     for moe in blocks(model):
         moe.standins = None
-    return text
 
 
-@torch.no_grad()
 def whole_rows(name, model, tokens, policy):
     """The rows of one model: ours, and transformers in two ways, at top-k and with the `policy`.
 
     Each reads tokens (B,T) up to the first new one, and writes a 64th as many behind 1 and behind 8 prompts.
     """
-    cases = {}
-    standins = random_standins(model)
-    for choice, choose_k in ('top-k', None), ('fewer', policy):
-        how = dict(choose_k=choose_k, decoder=graph_decoder)
-        cases['ours', choice] = partial(generate, model, **how)
-        if rank_in(model) == 0:                                # else they are timed above
-            cases['ours, stand-ins', choice] = partial(with_standins, model, standins, **how)
+    paths = {'ours': partial(generate, model, decoder=graph_decoder)}
+    if rank_in(model) == 0:                                    # else they are timed above
+        paths['ours, stand-ins'] = partial(with_standins, model, random_standins(model))
     try:
-        twins = {'top-k': twin_of(model), 'fewer': twin_of(model)}
-        attach(twins['fewer'], policy)
-        for way in WAYS:
-            for choice, twin in twins.items():
-                cases[f'transformers {way}', choice] = partial(theirs, twin, way)
+        twins = {None: twin_of(model), policy: twin_of(model)}
+        attach(twins[policy], policy)
+        for way in 'eager', 'grouped_mm':                      # in which transformers runs its experts
+            paths[f'transformers {way}'] = partial(theirs, twins, way)
     except Exception as e:                                     # a version that is not known may raise any
         print(f'transformers: its rows are left out, {name} ({repr(e)[:200]})')
     n = tokens.numel() // 64
@@ -124,8 +120,8 @@ def whole_rows(name, model, tokens, policy):
         tally = Counted(policy, len(model.config.moe_layers), model.device)
         generate(model, prompt, new, tally)
         about = {'name': name, 'stage': stage, 'k_share': tally.mean() / model.config.top_k}
-        runs = {case: partial(run, prompt, n=new) for case, run in cases.items()}
-        rows += pairs(runs, about)
+        batches = {'top-k': (prompt, new, None), 'fewer': (prompt, new, policy)}
+        rows += pairs(about, paths, batches)
     return rows
 
 
