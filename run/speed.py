@@ -9,7 +9,6 @@ transformers is optional: where it is missing, or of a version that builds its m
 are left out and a line says so.
 """
 import sys
-from collections import defaultdict
 from functools import partial
 
 import torch
@@ -132,10 +131,7 @@ def speed_table(rows):
 
     The last columns: how many times as fast as the better of transformers' two ways at top-k.
     """
-    theirs = defaultdict(list)                                 # {(name, stage): [milliseconds of each way]}
-    for r in rows:
-        if r['path'].startswith('transformers'):
-            theirs[r['name'], r['stage']].append(r['top-k']['ms'])
+    theirs = [r for r in rows if r['path'].startswith('transformers')]
     lines = []
     for r in rows:
         bold = '**' if r['path'] == r.get('default') else ''
@@ -145,7 +141,10 @@ def speed_table(rows):
             limit = f', {r["limit_ms"][choice] / t["ms"]:.0%}' if 'limit_ms' in r else ''
             line.append(f'{t["ms"]:.2f} ({t["low"]:.2f}-{t["high"]:.2f}){limit}')
         line += [f'{r["fewer"]["ms"] / r["top-k"]["ms"]:.2f}', f'{r["k_share"]:.2f}']
-        ways = theirs.get((r['name'], r['stage']))
+        ways = [
+            way['top-k']['ms'] for way in theirs
+            if way['name'] == r['name'] and way['stage'] == r['stage']
+        ]
         if ways:
             line += [f'{min(ways) / r[choice]["ms"]:.2f}' for choice in CHOICES]
         lines.append(line)
