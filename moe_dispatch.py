@@ -24,9 +24,9 @@ import run.experts_cpu as cpu
 
 # ================================================================ which experts, with which weight (eq. 1-3)
 
-def used(k, k_max):
-    """Which of a token's k_max choices it runs, the first k: (P,) integer -> (P,k_max) bool."""
-    return torch.arange(k_max, device=k.device) < k[:, None]
+def used(k, ids):
+    """Which of its choices ids (P,k_max) a token runs, the first k (P,) of them: (P,k_max) bool."""
+    return torch.arange(ids.shape[1], device=k.device) < k[:, None]
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Weighting:
 def select(probs, k, k_max, how):
     """The most probable experts of each token, and their weights (eq. 1-3).
 
-    probs (P,N) float, k (P,) integer in 1..k_max, or None for all K; how a Weighting
+    probs (P,N) float; k (P,) integer in 1..k_max, or None for all K, with k_max 0; how a Weighting
       ->  ids (P,width) int64, the most probable first, width = max(k_max, K)
           weights (P,width) like probs, exactly 0 behind the first k
           left (P,width), the weight of those of the K that do not run; None where all do
@@ -60,21 +60,20 @@ def select(probs, k, k_max, how):
     served by rho = 0, the weights as they were.
     """
     K = how.top_k
-    p, ids = probs.topk(K if k is None else max(k_max, K), dim=-1)              # (P,width) both
+    p, ids = probs.topk(max(k_max, K), dim=-1)                                  # (P,width) both
     g = p
     if how.renormalise:
         g = p / p[:, :K].sum(-1, keepdim=True)
     if k is None:
         return ids, g, None
-    choice = torch.arange(p.shape[1], device=p.device)
-    own = choice < K                                                            # (width,)
-    run = used(k, len(choice))                                                  # (P,width)
-    weights = g * run * torch.where(own, 1.0, how.eta)
-    left = g * (own & ~run)
-    beyond = weights * ~own
-    dropped = (left - beyond).sum(-1, keepdim=True)                             # exactly 0 where k = K
+    run = used(k, ids)                                                          # (P,width)
+    own = g.clone()                                                             # those of the K
+    own[:, K:] = 0
+    weights = g * run                                                           # e_j g_j of those that run
+    weights[:, K:] *= how.eta
+    dropped = (own - weights).sum(-1, keepdim=True)                             # exactly 0 where k = K
     kept = weights.sum(-1, keepdim=True)
-    return ids, weights * (1 + how.rho * dropped / kept), left
+    return ids, weights * (1 + how.rho * dropped / kept), own * ~run
 
 
 # ================================================================ the reference: a loop over the experts
@@ -88,7 +87,7 @@ def run_expert(x, w_in, w_out):
 def moe_loop(x, ids, weights, k, w_in, w_out):
     """The reference, slow and plain. Contract as `moe`."""
     y = torch.zeros_like(x, dtype=torch.float32)                                # (P,C)
-    mask = used(k, ids.shape[1])                                                # (P,k_max)
+    mask = used(k, ids)                                                         # (P,k_max)
     for n in range(len(w_in)):
         token, choice = torch.where((ids == n) & mask)                          # (rows,) both
         weight = weights[token, choice, None]                                   # (rows,1)
@@ -106,7 +105,7 @@ def sort_by_expert(ids, k, n_experts):
     each choice; ends (N,) int32, where each expert's rows end. Rows from ends[-1] on are the unused choices.
     """
     P, k_max = ids.shape
-    mask = used(k, k_max)                                                       # (P,k_max)
+    mask = used(k, ids)                                                         # (P,k_max)
     keys = torch.where(mask, ids, n_experts).flatten()                          # (P*k_max,)
     expert, order = keys.sort(stable=True)
     experts = torch.arange(n_experts, device=ids.device)

@@ -216,7 +216,7 @@ def router_hook(layer, tally, how, stand_in, config):
         ids, chosen, left = select(probs, k, tally.k_max, how)              # (P,width)
         if stand_in:
             tally.here.standing_in = stand_in(x, ids, left)                 # (P,C)
-        ids = torch.where(used(k, ids.shape[1]), ids, config.n_experts)
+        ids = torch.where(used(k, ids), ids, config.n_experts)
         return logits, chosen.to(weights.dtype), ids
     return hook
 
