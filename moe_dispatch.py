@@ -12,8 +12,7 @@ The same sum in three ways, which tests compare:
 
     P tokens, C channels, F hidden width of one expert, N routed experts, k_max width of `ids`
 """
-import functools
-import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -179,12 +178,13 @@ def moe(x, ids, weights, k, w_in, w_out):
     AssertionErrors name what breaks this contract; only moe_exact looks at the values of k and ids.
     """
     P = len(x)
-    lengths = [t.shape[0] for t in (x, ids, weights, k) if t is not None]
-    assert len(set(lengths)) == 1, f'x, ids, weights, k are of {lengths} tokens'
+    lengths = {len(t) for t in (x, ids, weights, k) if t is not None}
+    assert len(lengths) == 1, f'x, ids, weights, k are of {lengths} tokens'
     if P == 0:
         return torch.zeros_like(x)
-    if x.is_cuda and not native(x):
-        warn_of_fallback(x.device, x.dtype)
+    if x.is_cuda and not native(x):                            # Python shows a warning once
+        warnings.warn(f'grouped matmuls in {x.dtype} are a loop with host syncs on this GPU: correct, but slow; '
+                      f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x')
     path = path_of(P, w_in)
     if k is None and path is not cpu.moe_few:
         k = torch.full((P,), ids.shape[1], device=x.device)
@@ -219,13 +219,6 @@ def native(x):
     """Does torch run grouped matmuls of this dtype and device as one kernel, without a host sync?"""
     fits = x.is_cuda and x.dtype == torch.bfloat16
     return fits and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-
-
-@functools.cache                                               # says it once
-def warn_of_fallback(device, dtype):
-    gpu = torch.cuda.get_device_name(device)
-    print(f'moe_dispatch: grouped matmuls in {dtype} are a loop with host syncs on {gpu}: correct, but slow; '
-          f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x', file=sys.stderr)
 
 
 # ================================================================ what it costs
