@@ -53,21 +53,20 @@ def moe_few(x, ids, weights, k, w_in, w_out):
 
     What a token does not run is told by its weight, 0.
     """
-    hit = defaultdict(list)                                    # expert -> [(token, weight), ..]
+    hit = defaultdict(dict)                                    # expert -> {token: weight}
     for token, choices in enumerate(zip(ids.tolist(), weights.tolist())):
         for n, weight in zip(*choices):
             if weight:
-                hit[n].append((token, weight))
+                hit[n][token] = weight
     y = torch.zeros(x.shape, dtype=torch.float32)                               # (P,C)
-    for n, pairs in hit.items():
-        if len(pairs) == 1:
-            token, weight = pairs[0]
-            y[token].add_(swiglu(x[token], w_in[n], w_out[n]), alpha=weight)
-            continue
-        tokens = [token for token, _ in pairs]
-        rows = swiglu(x[tokens], w_in[n], w_out[n])                             # (rows,C)
-        for (token, weight), row in zip(pairs, rows):
-            y[token].add_(row, alpha=weight)
+    for n, weight_of in hit.items():
+        tokens = list(weight_of)
+        if len(tokens) == 1:
+            rows = [swiglu(x[tokens[0]], w_in[n], w_out[n])]                    # [(C,)]
+        else:
+            rows = swiglu(x[tokens], w_in[n], w_out[n])                         # (rows,C)
+        for token, row in zip(tokens, rows):
+            y[token].add_(row, alpha=weight_of[token])
     return y.to(x.dtype)
 
 
@@ -79,14 +78,13 @@ def experts(x, token, ends, w_in, w_out):
     Large experts, and many rows, go one by one: the activations of an expert stay in the CPU's cache. Small
     experts with about as many rows each go together in bf16, padded to the longest.
     """
-    if x.is_cuda or torch.is_grad_enabled():
-        return None
     N = len(ends)
     n_rows = len(token)
-    if n_rows < 4 * N:
+    if x.is_cuda or torch.is_grad_enabled() or n_rows < 4 * N:
         return None
     tokens = token.tensor_split(ends[:-1].tolist())            # of each expert
-    tile = TILE if x.dtype == torch.bfloat16 else 1
+    bf16 = x.dtype == torch.bfloat16
+    tile = TILE if bf16 else 1
     between = n_rows * w_in.shape[1] * w_in.itemsize           # bytes between the two matmuls of all experts
     if w_in[0].numel() > LARGE or between > FRESH:
         rows = []
@@ -97,7 +95,7 @@ def experts(x, token, ends, w_in, w_out):
             rows.append(y[:n])
         return torch.cat(rows)
     longest = max(map(len, tokens))
-    if x.dtype == torch.bfloat16 and N * longest < PADDING * n_rows:
+    if bf16 and N * longest < PADDING * n_rows:
         padded = pad_sequence(tokens, batch_first=True, padding_value=-1)       # (N,longest)
         padded = F.pad(padded, (0, -longest % tile), value=-1)
         return swiglu(x[padded], w_in, w_out)[padded >= 0]     # -1 reads some token, for nothing
