@@ -79,10 +79,8 @@ def rope_table(config, T, device, dtype):
     frequency = 1 / config.rope_theta ** (pairs / D)                        # (D/2,)
     positions = torch.arange(T, device=device)                              # (T,)
     angle = positions[:, None] * frequency                                  # (T,D/2)
-    cos = angle.cos().repeat(1, 2)                                          # (T,D)
-    sin = angle.sin()
-    sin = torch.cat([-sin, sin], dim=-1)                                    # (T,D)
-    return cos.to(dtype), sin.to(dtype)
+    angle = torch.cat([-angle, angle], dim=-1)                              # (T,D)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -113,17 +111,16 @@ class Attention(nn.Module):
         q = self.q_proj(x)                                                  # (B,T,H*D)
         k = self.k_proj(x)                                                  # (B,T,kv heads*D)
         v = self.v_proj(x)
-        heads = -1, self.head_dim
         if self.qk_norm == 'all':
             q = self.q_norm(q)
             k = self.k_norm(k)
-        elif self.qk_norm == 'head':
-            q = self.q_norm(q.unflatten(-1, heads)).flatten(2)
-            k = self.k_norm(k.unflatten(-1, heads)).flatten(2)
+        q, k, v = [t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v)]             # (B,T,heads,D) each
+        if self.qk_norm == 'head':
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         # queries and keys turn together: fewer kernels
-        qk = torch.cat([q, k], dim=-1)
-        qk = qk.unflatten(-1, heads).transpose(1, 2)                        # (B,all heads,T,D)
-        v = v.unflatten(-1, heads).transpose(1, 2)                          # (B,kv heads,T,D)
+        qk = torch.cat([q, k], dim=2).transpose(1, 2)                       # (B,all heads,T,D)
+        v = v.transpose(1, 2)                                               # (B,kv heads,T,D)
         # of these heads the last are the keys'
         q, k = rotate(qk, *rope).tensor_split((-v.shape[1],), dim=1)
         if cache:
@@ -333,14 +330,14 @@ def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, decoder=eag
     logits = eager_decoder(model, choose_k, cache)(tokens)                  # (B,V)
     step = decoder(model, choose_k, cache)
     for i in range(n):
+        if i > 0:
+            logits = step(new)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)                           # (B,1)
         else:
             probs = F.softmax(logits / temperature, dim=-1)
             new = torch.multinomial(probs, 1)                               # (B,1)
         yield new
-        if i + 1 < n:
-            logits = step(new)
 
 
 def generate(model, tokens, n, *how, **named):
