@@ -107,7 +107,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q_dim, c.norm_eps)
             self.k_norm = RMSNorm(kv_dim, c.norm_eps)
 
-    def forward(self, x, rope, mask, layer, cache):
+    def forward(self, x, positions, layer, cache):
+        rope, mask = positions
         q = self.q_proj(x)                                                  # (B,T,H*D)
         k = self.k_proj(x)                                                  # (B,T,kv heads*D)
         v = self.v_proj(x)
@@ -176,12 +177,12 @@ class MoE(nn.Module):
             ids, weights, left = choose_k.select(probs, k, self.weighting)  # (P,width) each
         y = moe_dispatch.moe(x, ids, weights, k, self.w_in, self.w_out)     # (P,C)
         if self.standins and left is not None:
-            y = y + self.standins(x, ids, left)
+            y += self.standins(x, ids, left)
         if self.shared:
             shared = self.shared(x)
             if self.shared_gate:
                 shared = F.sigmoid(self.shared_gate(x)) * shared
-            y = y + shared
+            y += shared
         return y
 
 
@@ -200,9 +201,9 @@ class Layer(nn.Module):
         else:
             self.mlp = MoE(c, c.moe_layers.index(i))
 
-    def forward(self, x, rope, mask, cache, choose_k):                      # x (B,T,C)
+    def forward(self, x, positions, cache, choose_k):                       # x (B,T,C)
         h = self.input_layernorm(x)
-        x = x + self.self_attn(h, rope, mask, self.i, cache)
+        x = x + self.self_attn(h, positions, self.i, cache)
         h = self.post_attention_layernorm(x)
         if self.dense:
             return x + self.mlp(h)
@@ -239,9 +240,9 @@ class Transformer(nn.Module):
         """The last hidden states (B,T,C), for the head. Arguments as in `forward`."""
         x = self.embed_tokens(tokens)                                       # (B,T,C)
         T = tokens.shape[1]
-        rope, mask = self.positions(T, cache)
+        positions = self.positions(T, cache)
         for layer in self.visit():
-            x = layer(x, rope, mask, cache, choose_k)
+            x = layer(x, positions, cache, choose_k)
         if cache:
             cache.length += T
         return self.norm(x)

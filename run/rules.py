@@ -105,7 +105,7 @@ class SkipFamilies:
         others = []
         for layer in model.visit():
             def run(x, policy):
-                return layer(x, *positions, None, policy)
+                return layer(x, positions, None, policy)
             top_k = run(top_k, None)
             others = [run(other, around) for other in others]
             if not layer.dense:
@@ -163,7 +163,7 @@ def look(model, inputs, see):
     for layer in model.visit():
         seen = []
         policy = Watched(TopK(model.config.top_k), lambda i, x, probs, k: seen.append((x, probs)))
-        states = [layer(x, *positions, None, policy) for x in states]       # (few,T,C) each
+        states = [layer(x, positions, None, policy) for x in states]        # (few,T,C) each
         if seen:                                               # not a dense layer
             x, probs = map(torch.cat, zip(*seen))
             found.append(see(len(found), x, probs))

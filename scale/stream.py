@@ -47,7 +47,7 @@ class LayerByLayer(Transformer):
         positions = [self.positions(tokens.shape[1]) for tokens, _ in passes]
         for layer in self.visit():
             for i, (_, choose_k) in enumerate(passes):
-                xs[i] = layer(xs[i], *positions[i], None, choose_k)
+                xs[i] = layer(xs[i], positions[i], None, choose_k)
         return [self.norm(x) for x in xs]
 
 
