@@ -230,17 +230,15 @@ class Transformer(nn.Module):
         if self.config.tie:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def positions(self, T, cache=None):
-        """(cos, sin), (T,D) each, of T tokens behind the cache, and their mask (T,S) or None."""
-        if cache:
-            return cache.positions(T)
+    def positions(self, T):
+        """(cos, sin), (T,D) each, of the first T tokens of a text, and their mask: None, plain causal."""
         return rope_table(self.config, T, self.device, self.dtype), None
 
     def hidden(self, tokens, choose_k=None, cache=None):
         """The last hidden states (B,T,C), for the head. Arguments as in `forward`."""
         x = self.embed_tokens(tokens)                                       # (B,T,C)
         T = tokens.shape[1]
-        positions = self.positions(T, cache)
+        positions = cache.positions(T) if cache else self.positions(T)
         for layer in self.visit():
             x = layer(x, positions, cache, choose_k)
         if cache:
