@@ -64,7 +64,7 @@ def twin_of(model):
 
 
 def theirs(twins, way, prompt, n, choose_k):
-    """As model.py:generate, by transformers' own loop: twins {choose_k: a model with that policy}."""
+    """As model.py:generate, by transformers' own loop. twins {choose_k: their model with that policy}."""
     twin = twins[choose_k]
     twin.config._experts_implementation = way
     return twin.generate(
@@ -88,11 +88,11 @@ def random_standins(model):
     return [StandIns(*(like.new_ones(c.n_experts, *size).normal_() for size in sizes)) for _ in c.moe_layers]
 
 
-def with_standins(model, standins, prompt, n, choose_k):
-    """generate, with what stands in for experts that do not run."""
+def with_standins(model, standins, *how):
+    """generate(model, *how), with what stands in for experts that do not run."""
     for moe, of_layer in zip(blocks(model), standins):
         moe.standins = of_layer
-    generate(model, prompt, n, choose_k, decoder=graph_decoder)
+    generate(model, *how, decoder=graph_decoder)
     for moe in blocks(model):
         moe.standins = None
 
