@@ -183,8 +183,8 @@ def moe(x, ids, weights, k, w_in, w_out):
     if P == 0:
         return torch.zeros_like(x)
     if x.is_cuda and not native(x):                            # Python shows a warning once
-        warnings.warn(f'grouped matmuls in {x.dtype} are a loop with host syncs on this GPU: correct, but slow; '
-                      f'the fast kernel wants bfloat16 and compute capability 9.x or 10.x')
+        warnings.warn(f'grouped matmuls in {x.dtype} are a loop with host syncs on this GPU: correct, but '
+                      f'slow; the fast kernel wants bfloat16 and compute capability 9.x or 10.x')
     path = path_of(P, w_in)
     if k is None and path is not cpu.moe_few:
         k = torch.full((P,), ids.shape[1], device=x.device)
