@@ -234,17 +234,12 @@ def flops(config, mean_k, T, allocator_params=0, mean_left=0, rank=0):
     """
     c = config
     L = len(c.moe_layers)
-    heads = c.n_heads + c.n_kv_heads
-    projections = 4 * c.dim * c.head_dim * heads
-    attention = 4 * T * c.n_heads * c.head_dim
     experts = (6 * c.dim * c.expert_dim * mean_k + 4 * c.dim * rank * mean_left) * L
-    router = 2 * c.dim * c.n_experts
-    shared = 6 * c.dim * c.shared_dim
-    shared_gate = 2 * c.dim * c.shared_gate
-    dense = 6 * c.dim * c.dense_dim * len(c.dense_layers)
-    head = 2 * c.dim * c.n_vocab
-    total = experts + dense + head
-    total += (projections + attention) * c.n_layers
-    total += (router + shared + shared_gate) * L
-    total += 2 * allocator_params
+    attention = 4 * T * c.n_heads * c.head_dim * c.n_layers
+    # the rest is two FLOPs a weight: how many weights has each of the C channels?
+    projections = 2 * c.head_dim * (c.n_heads + c.n_kv_heads) * c.n_layers
+    router_and_shared = (c.n_experts + 3 * c.shared_dim + c.shared_gate) * L
+    dense = 3 * c.dense_dim * len(c.dense_layers)
+    weights = c.dim * (projections + router_and_shared + dense + c.n_vocab)
+    total = experts + attention + 2 * (weights + allocator_params)
     return {'experts': experts, 'total': total}
