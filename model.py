@@ -329,14 +329,14 @@ def generate_steps(model, tokens, n, choose_k=None, temperature=0.0, decoder=eag
     logits = eager_decoder(model, choose_k, cache)(tokens)                  # (B,V)
     step = decoder(model, choose_k, cache)
     for i in range(n):
-        if i > 0:
-            logits = step(new)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)                           # (B,1)
         else:
             probs = F.softmax(logits / temperature, dim=-1)
             new = torch.multinomial(probs, 1)                               # (B,1)
         yield new
+        if i + 1 < n:
+            logits = step(new)
 
 
 def generate(model, tokens, n, *how, **named):
