@@ -234,22 +234,21 @@ class Rollout(Policy):
 
     noise (L,P), uniform in [0,1), decides: its owner knows which token gets which number, however the tokens
     are cut into passes. `drawn` holds of each layer [(z, k, logp), ..], one of every pass: z (tokens,n_in) in
-    the model's `dtype`, k (tokens,), and the log-probability of each k when it was drawn.
+    the model's dtype, k (tokens,), and the log-probability of each k when it was drawn.
     """
 
-    def __init__(self, allocators, noise, dtype):
+    def __init__(self, allocators, noise):
         self.allocators = allocators
-        self.noise = noise
-        self.dtype = dtype
+        self.noise = list(noise)                               # of each layer, what is left of it
         self.k_max = allocators.k_max
         self.drawn = [[] for _ in noise]
 
     @torch.no_grad()
     def __call__(self, layer, x, probs):
-        z = self.allocators.inputs(layer, x, probs).to(self.dtype)          # (tokens,n_in)
+        z = self.allocators.inputs(layer, x, probs).to(x.dtype)             # (tokens,n_in)
         logp = F.log_softmax(self.allocators.logits(layer, z), dim=-1)      # (tokens,k_max)
-        before = sum(len(k) for _, k, _ in self.drawn[layer])
-        k = sample_k(logp, self.noise[layer, before:before + len(x)])       # (tokens,)
+        noise, self.noise[layer] = self.noise[layer].tensor_split([len(x)])
+        k = sample_k(logp, noise)                                           # (tokens,)
         self.drawn[layer].append((z, k, logp.gather(1, k[:, None] - 1).squeeze(1)))
         return k
 

@@ -148,7 +148,7 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     inputs, targets, document = batch
 
     # rollout (eq. 4, 5): the tokens G times with sampled k, and once with the model's own K
-    rollout = Rollout(allocators, noise, model.dtype)
+    rollout = Rollout(allocators, noise)
     with torch.no_grad():
         reward = rollout_reward(s, model, inputs, targets, rollout)         # (1+G,B,T), top-k first
 

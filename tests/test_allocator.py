@@ -84,7 +84,7 @@ def test_adak_takes_the_argmax_and_the_price_is_a_dial(trained):
 
 def test_rollout_records_what_it_drew(trained):
     x, probs = torch.randn(1, 32), torch.randn(1, 8).softmax(-1)
-    rollout = Rollout(trained, torch.rand(2, 4000), torch.float)
+    rollout = Rollout(trained, torch.rand(2, 4000))
     for layer in range(2):
         passes = [rollout(layer, x.expand(n, -1), probs.expand(n, -1)) for n in (1000, 2900, 100)]
         k = torch.cat(passes)

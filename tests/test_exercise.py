@@ -30,7 +30,7 @@ def test_ppo_step_goes_down_the_gradient_of_ppo_loss():
     noise = torch.rand(3, 2 * 16)
     ours, theirs = [Allocators(model.config, 4, True) for _ in range(2)]
     our_sgd, their_sgd = [torch.optim.SGD(a.parameters(), 0.5) for a in (ours, theirs)]
-    rollout = Rollout(ours, noise, torch.float)
+    rollout = Rollout(ours, noise)
     reward = train.rollout_reward(s, model, inputs, targets, rollout)[1:]
     credit = ppo.reward_to_go(reward, s.discount, document)
     adv = ppo.group_advantage(credit.flatten(1)).flatten()

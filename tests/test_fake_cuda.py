@@ -98,7 +98,7 @@ def test_rollout_and_reward(family, reward, monkeypatch):
     s = train.Settings(group=2, ppo_batch=2, seq=12, reward=reward)
     allocators = made(Allocators, model.config, 4, True)
     noise = torch.rand(len(model.config.moe_layers), 2 * 24, device='cuda')
-    rollout = Rollout(allocators, noise, torch.float)
+    rollout = Rollout(allocators, noise)
     found = train.rollout_reward(s, model, tokens, tokens, rollout)
     credit = ppo.reward_to_go(found, 0.9, tokens)              # (1+G,B,T)
     [(_, k, _)] = rollout.drawn[0]

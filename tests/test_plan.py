@@ -50,10 +50,11 @@ def test_bytes_of_a_rollout_are_what_is_taken():
     s = Settings(group=3, ppo_batch=5, seq=7)
     allocators = empty_allocators(s, config)
     _, k_max, n_in = allocators.weight.shape
-    rollout = Rollout(allocators, torch.rand(3, 3 * 5 * 7), torch.float)
+    noise = torch.rand(3, 3 * 5 * 7)
+    rollout = Rollout(allocators, noise)
     for layer in range(3):
         rollout(layer, torch.rand(3 * 5 * 7, 32), torch.rand(3 * 5 * 7, 8))
-    kept = rollout.noise.nbytes + sum(t.nbytes for [one_pass] in rollout.drawn for t in one_pass)
+    kept = noise.nbytes + sum(t.nbytes for [one_pass] in rollout.drawn for t in one_pass)
     update = 3 * 5 * 7 * (4 * n_in + 40 * k_max)               # of one layer
     hidden = 3 * 4 * 5 * 7 * 32 * 4
     experts = 3 * 5 * 7 * 4 * (3 * (2 * 32 + 3 * 16) + 3 * 32)

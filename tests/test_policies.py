@@ -110,7 +110,7 @@ def test_with_experts_beyond_k_the_teacher_runs_them():
     allocators.bias.data[:, 3] = 60                            # K + 1 = 4 experts everywhere
 
     def reward():
-        rollout = Rollout(allocators, torch.rand(3, 2 * 18), torch.float32)
+        rollout = Rollout(allocators, torch.rand(3, 2 * 18))
         return rollout_reward(s, model, inputs, inputs, rollout)[1:]
     assert not reward().any()
     allocators.bias.data[:, 2] = 90                            # K of them
