@@ -270,11 +270,12 @@ class Watched(Policy):
 
 
 class Counted(Watched):
-    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer."""
+    """A policy with a tally: `counts` (L,k_max+1) how often each k was chosen in each layer of the model."""
 
-    def __init__(self, policy, n_layers, device='cpu'):
+    def __init__(self, policy, model):
         super().__init__(policy, self.count)
-        self.counts = torch.zeros(n_layers, policy.k_max + 1, dtype=torch.long, device=device)
+        L = len(model.config.moe_layers)
+        self.counts = torch.zeros(L, policy.k_max + 1, dtype=torch.long, device=model.device)
 
     def count(self, layer, x, probs, k):
         self.counts[layer].scatter_add_(0, k, torch.ones_like(k))

@@ -2,8 +2,9 @@
 import torch
 
 from allocator import AdaK, TopK
+from moe_dispatch import flops
 from run.console import Progress
-from run.evaluate import clustered_error, evaluate, flops_shares
+from run.evaluate import clustered_error, evaluate
 from run.standins import rank_in, refit
 
 RULES = 'random-mix', 'top-p', 'skip'
@@ -37,7 +38,22 @@ def compare(s, model, text, allocators, families, windows, target):
             'delta': delta.mean(),
             'delta_se': clustered_error(delta, windows[2].flatten()),
             'mean_k_by_layer': tally.mean_by_layer().tolist(),
-            **flops_shares(model.config, tally, s.seq, rank_in(model), params),
+            **flops_shares(model, tally, s.seq, params),
         })
         progress(len(rows), len(policies), len(loss), loss=rows[-1]['loss'])
     return rows
+
+
+def flops_shares(model, tally, T, allocator_params=0):
+    """FLOPs of the model as shares of those of its own top-k, and the mean k that they are of.
+
+    tally: a Counted.
+    """
+    c = model.config
+    ours = flops(c, tally.mean(), T, allocator_params, tally.mean_left(c.top_k), rank_in(model))
+    topk = flops(c, c.top_k, T)
+    return {
+        'mean_k': tally.mean(),
+        'expert_flops': ours['experts'] / topk['experts'],
+        'total_flops': ours['total'] / topk['total'],
+    }

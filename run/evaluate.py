@@ -9,7 +9,6 @@ import torch
 
 import ppo
 from allocator import Counted, find_knob
-from moe_dispatch import flops
 from run.ranks import gathered, ranks
 from scale.memory import LOGITS, sequences_of_pass
 
@@ -23,8 +22,7 @@ def evaluate(model, windows, policies, expected=False):
     In nats, of the text's own next token; or with `expected` the loss that a policy costs, expected under the
     top-k prediction: KL(p_topk || p), without the luck of the text.
     """
-    n_layers = len(model.config.moe_layers)
-    tallies = [Counted(policy, n_layers, model.device) for policy in policies]
+    tallies = [Counted(policy, model) for policy in policies]
     deciders = [None, *tallies] if expected else tallies       # None: top-k
     T = windows[0].shape[1]
 
@@ -135,17 +133,3 @@ def bits_per_byte(nats, windows, tokenizer):
         if i not in tokenizer.marks:
             n_bytes += len(tokenizer.bytes_of_id[i])
     return nats / math.log(2) / n_bytes
-
-
-def flops_shares(config, tally, T, rank, allocator_params=0):
-    """FLOPs as shares of those of the model's own top-k, and the mean k that they are of.
-
-    tally: a Counted; rank: of the stand-ins, 0 where there are none.
-    """
-    ours = flops(config, tally.mean(), T, allocator_params, tally.mean_left(config.top_k), rank)
-    topk = flops(config, config.top_k, T)
-    return {
-        'mean_k': tally.mean(),
-        'expert_flops': ours['experts'] / topk['experts'],
-        'total_flops': ours['total'] / topk['total'],
-    }

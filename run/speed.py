@@ -116,7 +116,7 @@ def whole_rows(name, model, tokens, policy):
     prompts = tokens.flatten().repeat(8)[:8 * PROMPT].view(8, PROMPT)       # a short text is repeated
     rows = []
     for stage, prompt, new in ('prefill', tokens, 1), ('batch 1', prompts[:1], n), ('batch 8', prompts, n):
-        tally = Counted(policy, len(model.config.moe_layers), model.device)
+        tally = Counted(policy, model)
         generate(model, prompt, new, tally)
         about = {'name': name, 'stage': stage, 'k_share': tally.mean() / model.config.top_k}
         batches = {'top-k': (prompt, new, None), 'fewer': (prompt, new, policy)}

@@ -22,8 +22,8 @@ from base.documents import read_documents, split_documents
 from base.frozen import load_model
 from hub.files import InputError, write_whole
 from hub.tokenizer import Tokenizer
+from run.compare import flops_shares
 from run.console import one_line_errors, open_out
-from run.evaluate import flops_shares
 from run.rules import SkipFamilies
 from study.policies import open_policy
 from study.study import DEAREST, parser
@@ -60,14 +60,14 @@ def explore(model, tokenizer, ids, T, allocators):
         torch.manual_seed(0)                                   # for the policy that draws
         states = model.hidden(windows, watched).flatten(0, 1)[:n]           # (n,C)
         xs, probs, ks = zip(*decisions)
-        k = torch.stack(ks).cpu()                                           # (L,n)
+        k = torch.stack(ks)                                                 # (L,n)
         logits = model.lm_head(states).float()                              # (n,V)
         losses = -ppo.next_token_logp(logits[:-1], ids[1:])                 # (n-1,)
         best, guesses = logits.softmax(-1).topk(SHOWN)                      # (n,SHOWN) both
-        tally = Counted(policy, len(k))
+        tally = Counted(policy, model)
         tally.counts.scatter_add_(1, k, torch.ones_like(k))
         shown = {
-            **flops_shares(config, tally, T, standins.rank_in(model)),
+            **flops_shares(model, tally, T),
             'loss': losses.mean().item(),
             'k': packed(k),
             'losses': [round(loss, 4) for loss in losses.tolist()],

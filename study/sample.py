@@ -42,7 +42,7 @@ def main(argv):
                          f'the model has only {config.n_vocab} tokens')
     model = load_model(s, folder)
     standins.use(model, policy.fitted)
-    tally = Counted(policy, len(config.moe_layers), a.device)
+    tally = Counted(policy, model)
     start = time.perf_counter()
     tokens = torch.tensor([ids], device=a.device)
     torch.manual_seed(a.seed)

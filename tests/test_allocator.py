@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from allocator import AdaK, Allocators, Counted, RandomMix, Rollout, Skip, TopK, TopP, find_knob
-from conftest import tiny_config
+from conftest import random_model, tiny_config
 from hub.files import InputError
 
 ROWS = torch.tensor([[.05, .5, .15, .3], [.25, .25, .25, .25], [.97, .01, .01, .01]])
@@ -52,7 +52,7 @@ def test_find_knob_meets_the_target_both_ways_and_stops_at_an_end():
 
 
 def test_counted_tallies_by_layer():
-    tally = Counted(TopK(3), 2)
+    tally = Counted(TopK(3), random_model(tiny_config(n_layers=2)))
     x = torch.zeros(5, 1)
     for layer in (0, 1, 1):
         tally(layer, x, x)

@@ -56,7 +56,7 @@ def separate(run):
 @torch.no_grad()
 def read(model, ids, policy):
     """(loss of every next token, probabilities (n,V), tally) of windows read one after the other."""
-    tally = Counted(policy, len(model.config.moe_layers))
+    tally = Counted(policy, model)
     logits = [model(torch.tensor([ids[at:at + T]]), tally)[0] for at in range(0, len(ids), T)]
     logp = torch.cat(logits).log_softmax(-1)
     loss = [-logp[t, i].item() for t, i in enumerate(ids[1:])]

@@ -72,8 +72,7 @@ def model_of(family, T=6):
 @every_family
 def test_prefill_and_static_decoding_without_the_host(family, policy):
     model, tokens = model_of(family)
-    c = model.config
-    choose_k = Counted(POLICIES[policy](c), len(c.moe_layers), 'cuda')
+    choose_k = Counted(POLICIES[policy](model.config), model)
     cache = Cache(model, 2, 10)
     model(tokens, choose_k, cache)
     step = graph_decoder(model, choose_k, cache)

@@ -100,7 +100,7 @@ def test_the_harness_scores_and_counts_as_our_own_model_does(smoke, tmp_path, mo
                 scores.append(said.sum())
                 texts.add(tuple(ids[:-1]))
             hits += scores.index(max(scores)) == q['answer']
-        counted = Counted(policy, 2)
+        counted = Counted(policy, model)
         for ids in texts:                                      # the harness runs equal texts once
             model.hidden(torch.tensor([ids]), counted)
         assert row['value'] == pytest.approx(hits / 12)

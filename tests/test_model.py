@@ -41,7 +41,7 @@ def test_a_static_cache_decodes_what_the_whole_model_does(model):
 def test_decoding_in_a_cuda_graph_gives_the_eager_tokens():
     model = random_model(tiny_config(dim=64, expert_dim=32, head_dim=16)).to('cuda', torch.bfloat16)
     tokens = torch.randint(50, (2, 5), device='cuda')
-    tally = Counted(TopK(2), 3, 'cuda')
+    tally = Counted(TopK(2), model)
     graphed = generate(model, tokens, 12, tally, decoder=graph_decoder)
     assert tally.counts.sum(1).tolist() == [2 * (5 + 11)] * 3
     assert torch.equal(graphed, generate(model, tokens, 12, TopK(2)))

@@ -71,7 +71,7 @@ def test_logits_and_counts_equal_those_of_our_own_model(name, way, tmp_path):
     before = model(tokens).logits
     K = ours.config.top_k
     for policy in ada_k(folder), Skip(0.6, K), TopK(K + 1):
-        counted = Counted(policy, len(ours.config.moe_layers))
+        counted = Counted(policy, ours)
         expected = ours(tokens, counted)
         tally = attach(model, policy)
         found = model(tokens).logits
