@@ -185,8 +185,7 @@ class Allocators(nn.Module):
             facts = json.loads(metadata['allocators'])
             if facts['base'] != base:
                 raise InputError(f'{path}: trained for another base model than this one')
-            k_max = len(tensors['bias'][0])
-            allocators = cls(config, k_max, facts['extended'])
+            allocators = cls(config, facts['k_max'], facts['extended'])
             allocators.run = facts['run']
             for name, t in tensors.items():
                 if not t.isfinite().all():

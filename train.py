@@ -161,8 +161,6 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     adv = adv.flatten()                                                     # (G*P,) the same for all layers
 
     # update (eq. 7, 8, 10, 11), layer by layer: the language model is not run again
-    if not s.paper:
-        optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
     of_rollout = {'reward': reward[1:].mean().item(), 'adv_std': adv.std().item()}
     for _ in range(s.epochs):
         optimizer.zero_grad()
@@ -236,6 +234,8 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
             noise = torch.rand(L, s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
             noise = noise.chunk(size, dim=2)[rank].flatten(1)               # (L,G*P)
             price = next_price(s, first, log, model.config)
+            if not s.paper:
+                optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
             row = one_step(s, step, model, allocators, optimizer, batch, noise, price, s.entropy * first)
             log.append(row)
             tokens = s.group * s.ppo_batch * s.seq

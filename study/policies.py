@@ -66,7 +66,6 @@ def soft_step(s, step, model, allocators, optimizer, batch, noise, price, entrop
     decisive = DECISIVE * min(1, 2 * step / s.ppo_steps)
     of_layer = price * mean_k + decisive * spread
     loss = len(pi) * of_layer - reward
-    optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -25,7 +25,7 @@ from train import PAPER, ppo_step, settings_of, train_ppo
 BUDGET = 0.75           # where one budget is enough
 DEAREST = 100           # price in nats at which Ada-K runs 1 expert; at its negative, all that it may
 PUBLISHED = {**PAPER, 'paper': True, 'price': None}      # the price that meets a budget
-SOFT = {'ppo_lr': 3e-2, 'weight_decay': 1e-2}               # learnt without RL
+SOFT = {'paper': False, 'ppo_lr': 3e-2, 'weight_decay': 1e-2}           # learnt without RL
 # settings that may differ between two starts of a study
 FREE = 'out preset budget price seed device ckpt stream save_every'.split()
 
