@@ -18,7 +18,6 @@ The default recipe differs from the paper's (`--paper`) where that measured bett
 """
 import argparse
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +26,6 @@ from pathlib import Path
 import torch
 
 import ppo
-import run.standins as standins
 from allocator import AdaK, Rollout, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, reading, write_json
@@ -35,9 +33,9 @@ from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, model_flags, one_line_errors,
                          open_device)
 from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
-from run.ranks import average_gradients, averaged, check_ranks, gathered, join, leave, ranks
+from run.ranks import average_gradients, averaged, check_ranks, gathered, join, ranks
 from run.report import told, training_figure, write_log
-from run.standins import target_k
+from run.standins import refit, target_k
 from run.start import new_allocators, prepare
 from run.state import in_state, load_state, open_run, save_state, stop_signals
 from scale.stream import Streamed
@@ -282,12 +280,7 @@ def run(s, out):
     state = out / 'state.pt'
     if state.exists() and not s.resume:
         print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
-    try:
-        train_ppo(s, model, allocators, price, text, log, state, facts)
-    except KeyboardInterrupt:
-        print(f'\ninterrupted after {len(log)} of {s.ppo_steps} PPO steps; --resume goes on from {state}')
-        leave(130)
-        sys.exit(130)
+    train_ppo(s, model, allocators, price, text, log, state, facts)
     lap('ppo')
 
     # evaluation
@@ -295,7 +288,7 @@ def run(s, out):
     if target:
         policy = calibrate(model, families.windows, partial(AdaK, allocators), target, 2, -2)
         allocators.price.fill_(policy.price)
-    allocators.fitted = standins.refit(s, model, text, AdaK(allocators))    # for what is dropped now
+    allocators.fitted = refit(s, model, text, AdaK(allocators))    # for what is dropped now
     windows = heldout.windows(s.seq, s.heldout_tokens)
     rows = compare(s, model, text, allocators, families, windows, target)
     lap('evaluation')
@@ -307,11 +300,9 @@ def run(s, out):
                     budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
     write_log(out / 'log.csv', log)
     results = {
-        'run': out.name,
         'seed': s.seed,
         'config': asdict(s),
         'seconds': seconds,
-        'ranks': ranks()[1],
         'bits_per_byte': bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer),
         'effective_documents': effective_documents(windows[2]),
         'allocator_params': allocators.n_params(),

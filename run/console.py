@@ -145,7 +145,7 @@ def one_line_errors(script, main, argv=None):
     except (InputError, OSError) as e:
         line = str(e)
     except KeyboardInterrupt:
-        line = 'interrupted; files that were complete before still are'
+        line = 'interrupted; files that were complete before still are, and train.py goes on with --resume'
         status = 130
     except (MemoryError, RuntimeError) as e:
         if re.search('MemoryError|out of memory|allocate memory', repr(e)):

@@ -58,7 +58,7 @@ def test_a_polite_stop_saves_first(undisturbed, flags, tmp_path, monkeypatch, ca
             return real(s, first, log, config)
         monkeypatch.setattr(train, 'next_price', within_a_step)
         with pytest.raises(SystemExit) as exit:
-            trained(flags, tmp_path, *resume)
+            one_line_errors('train.py', train.main, [*flags, str(tmp_path), *resume])
         assert exit.value.code == 130
         assert steps(tmp_path / 'state.pt') == stop_at
         resume = ['--resume']
