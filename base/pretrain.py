@@ -134,5 +134,5 @@ def learn_base(s, config, text):
         progress(step, s.base_steps, inputs.numel(), loss=loss.item())
         if step == 20:
             minutes = WHOLE * s.base_steps / 20 * (time.monotonic() - progress.start) / 60
-            print(f'at this rate the whole run takes about {minutes:.0f} minutes', flush=True)
+            print(f'at this rate the whole run takes about {minutes:.0f} minutes')
     return model

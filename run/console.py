@@ -138,7 +138,8 @@ def one_line_errors(script, main, argv=None):
     with its traceback.
     """
     status = 2
-    sys.stdout.reconfigure(errors='backslashreplace')          # a console may not know how to spell ±
+    # every line is shown at once; a console may not know how to spell ±
+    sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
     try:
         main(argv)
         return leave()
@@ -157,7 +158,7 @@ def one_line_errors(script, main, argv=None):
     rank, size = ranks()
     if rank:
         line = f'rank {rank}: {line}'
-    print(f'{script}: {line}', file=sys.stderr, flush=True)
+    print(f'{script}: {line}', file=sys.stderr)
     if size > 1:
         os._exit(status)                                # a shutdown would wait for a rank that is gone
     sys.exit(status)

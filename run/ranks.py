@@ -22,7 +22,7 @@ def join(device):
     if os.environ.get('WORLD_SIZE', '') in ('', '1'):
         return
     backend = 'nccl' if device.startswith('cuda') else 'gloo'
-    print(f'waiting for the other ranks, {os.environ["WORLD_SIZE"]} in all', file=sys.stderr, flush=True)
+    print(f'waiting for the other ranks, {os.environ["WORLD_SIZE"]} in all', file=sys.stderr)
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
@@ -39,7 +39,6 @@ def leave(status=0):
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-        sys.stdout.flush()
         os._exit(status)
 
 

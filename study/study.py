@@ -72,7 +72,7 @@ class Study:
             torch.manual_seed(self.s.seed)                     # for the policies that draw
             [(loss, tally)] = evaluate(self.model, self.windows, [policy])
             standins.use(self.model, self.fitted)
-            print(f'{name}: {loss.mean():.4f} nats at mean k {tally.mean():.3f}', flush=True)
+            print(f'{name}: {loss.mean():.4f} nats at mean k {tally.mean():.3f}')
             write_safetensors(path, {
                 'loss': loss.float(),
                 'counts': tally.counts,
@@ -94,7 +94,7 @@ class Study:
         s = replace(self.s, **changes)
         path = self.folder / f'{kind}-{s.budget}-seed{s.seed}.safetensors'
         if not path.exists():
-            print(f'training {path.stem}', flush=True)
+            print(f'training {path.stem}')
             allocators, price = new_allocators(s, self.model, self.text, self.families)
             one_step = soft_step if kind == 'soft' else ppo_step
             train_ppo(s, self.model, allocators, price, self.text, log=[], one_step=one_step)
