@@ -363,10 +363,9 @@ def settings_of(a, **others):
         path = Path(a.run) / 'results.json'
         with reading(path):
             s = Settings(**read_json(path)['config'])
-        if not s.ckpt and not (Path(a.run) / 'base' / 'recipe.json').exists():
+        if not s.ckpt and not (path.parent / 'base/recipe.json').exists():
             raise InputError(f'{a.run}: the run is not complete, its base model is missing')
-    ckpt = a.ckpt or s.ckpt
-    return replace(s, device=a.device, stream=a.stream, ckpt=ckpt, fresh=False, resume=False)
+    return replace(s, device=a.device, stream=a.stream, ckpt=a.ckpt or s.ckpt, fresh=False, resume=False)
 
 
 if __name__ == '__main__':

@@ -162,11 +162,11 @@ def look(model, inputs, see):
     found = []
     for layer in model.visit():
         seen = []
-        policy = Watched(TopK(model.config.top_k), lambda i, x, probs, k: seen.append((x, probs)))
+        policy = Watched(TopK(model.config.top_k), lambda *decision: seen.append(decision))
         states = [layer(x, positions, None, policy) for x in states]        # (few,T,C) each
         if seen:                                               # not a dense layer
-            x, probs = map(torch.cat, zip(*seen))
-            found.append(see(len(found), x, probs))
+            _, x, probs, _ = zip(*seen)                        # of all passes
+            found.append(see(len(found), torch.cat(x), torch.cat(probs)))
     return found
 
 
