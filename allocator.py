@@ -242,7 +242,6 @@ class Rollout(Policy):
         self.k_max = allocators.k_max
         self.drawn = [[] for _ in noise]
 
-    @torch.no_grad()
     def __call__(self, layer, x, probs):
         z = self.allocators.inputs(layer, x, probs).to(x.dtype)             # (tokens,n_in)
         logp = F.log_softmax(self.allocators.logits(layer, z), dim=-1)      # (tokens,k_max)

@@ -147,8 +147,7 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
 
     # rollout (eq. 4, 5): the tokens G times with sampled k, and once with the model's own K
     rollout = Rollout(allocators, noise)
-    with torch.no_grad():
-        reward = rollout_reward(s, model, inputs, targets, rollout)         # (1+G,B,T), top-k first
+    reward = rollout_reward(s, model, inputs, targets, rollout)             # (1+G,B,T), top-k first
 
     # advantage (eq. 6, 9): credit over time, then against the other rollouts of a token, or against top-k
     credit = ppo.reward_to_go(reward, s.discount, document).flatten(1)      # (1+G,P)
@@ -195,6 +194,7 @@ def next_price(s, first, log, config):
     return first * min(10, max(0.1, math.exp(change)))
 
 
+@torch.no_grad()
 def rollout_reward(s, model, inputs, targets, rollout):
     """Rewards in nats, (1+G,B,T): of inputs (B,T) with the model's own K, then G times with sampled k.
 

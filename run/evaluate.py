@@ -15,7 +15,6 @@ from scale.memory import LOGITS, sequences_of_pass
 BLOCKS = 16             # a document longer than this part of the text counts as several
 
 
-@torch.no_grad()
 def evaluate(model, windows, policies, expected=False):
     """The loss of every token under each policy, and the policy's tally: [((n*T,) float64 CPU, Counted), ..].
 
@@ -35,6 +34,7 @@ def evaluate(model, windows, policies, expected=False):
     return list(zip(loss.double(), tallies))
 
 
+@torch.no_grad()
 def by_parts(model, windows, few, see):
     """see(inputs, targets), (any,P,..), of all windows, a few at a time -> (any,n*T,..) on the CPU.
 

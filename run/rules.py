@@ -91,7 +91,6 @@ class SkipFamilies:
         steps = nats.view(self.L, -1).diff()
         return F.pad(steps, (0, 1), value=torch.inf).tolist()
 
-    @torch.no_grad()
     def varied(self, tokens, around, *levels):
         """Last states of tokens (B,T) under top-k, and with each layer at every level, the others `around`.
 

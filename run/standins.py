@@ -65,7 +65,6 @@ def target_k(s, config):
     return max(1, K * (s.budget - share) / (1 - share))
 
 
-@torch.no_grad()
 def fit(s, model, inputs, policy):
     """{name: fp32 tensor}: numbers rho and eta, and with stand-ins A (L,N,r,C), B (L,N,C,r), b (L,N,C).
 

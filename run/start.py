@@ -64,7 +64,6 @@ def new_allocators(s, model, text, families):
     return allocators, price
 
 
-@torch.no_grad()
 def standardise(model, allocators, inputs):
     """Set mean and standard deviation of what new allocators read to those of a first batch (B,T).
 
