@@ -6,7 +6,6 @@ chosen on it) and held-out (which every reported number is of).
 import ast
 import collections
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -22,8 +21,8 @@ SURROGATES = '[\ud800-\udfff]'  # halves of a character, which JSON can spell an
 KINDS = '.txt', '.jsonl', '.py'
 # not in the default text: tests; encodings, one table many times over; pydoc_data, a generated page that is
 # as long as all other files of a split
-LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'encodings', 'pydoc_data'}
-COPIES = {'__MACOSX', '.ipynb_checkpoints'}     # what macOS and Jupyter put beside the files of a user
+LEFT_OUT = 'test|tests|idle_test|site-packages|encodings|pydoc_data'
+COPIES = r'\._.*|__MACOSX|\.ipynb_checkpoints'  # what macOS and Jupyter put beside the files of a user
 FEW = 20                # fewer documents are cut into pieces, so that every split gets some
 PIECES = 160            # so many, or more where these would be longer than
 PIECE = 65536           # characters
@@ -57,7 +56,7 @@ def files_of(root, is_data):
     visited = set()
 
     def visit(path):
-        if path.name in skipped or path.name.startswith('._'):
+        if re.fullmatch(skipped, path.name):
             left_out['copies of macOS or Jupyter'].append(path)
         elif os.path.isfile(path) and path.suffix.lower() in kinds:
             ours.append(path)
@@ -88,21 +87,20 @@ def documents_of(path, root, prose):
     with open(path, encoding='utf-8-sig', errors='replace') as f:
         if kind == '.jsonl':
             yield from row_texts(f, name)
-            return
-        text = f.read()
-    if kind == '.py' and prose:
-        text = docstrings_and_comments(text)
-        if len(text) < LEAST_PROSE:
-            return
-    yield name, text
+        elif kind == '.py' and prose:
+            text = docstrings_and_comments(f)
+            if len(text) >= LEAST_PROSE:
+                yield name, text
+        else:
+            yield name, f.read()
 
 
-def docstrings_and_comments(source):
-    """The prose of Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
+def docstrings_and_comments(f):
+    """The prose of a Python source, piece by piece; of what the tokenizer cannot read, what stands before."""
     pieces = []
     starts_statement = True                                    # a string that does is a docstring
     try:
-        for t in generate_tokens(io.StringIO(source).readline):
+        for t in generate_tokens(f.readline):
             if t.type == COMMENT:
                 pieces.append(t.string.lstrip('#').strip())
             elif t.type == STRING and starts_statement:

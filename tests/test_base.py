@@ -1,4 +1,5 @@
 """base/ and run/evaluate.py: documents, splits, windows; Muon, load balance; errors and bits by hand."""
+import io
 import math
 
 import numpy as np
@@ -70,9 +71,9 @@ def f(x):
 
 
 def test_prose_is_docstrings_and_comments_up_to_where_a_file_breaks():
-    prose = docstrings_and_comments(SOURCE)
+    prose = docstrings_and_comments(io.StringIO(SOURCE))
     assert prose == 'What it is.\nfor the paths\nOf x,\n    in two lines.\nthe end'
-    assert docstrings_and_comments('# before\nx = (') == 'before'
+    assert docstrings_and_comments(io.StringIO('# before\nx = (')) == 'before'
 
 
 def test_prose_documents_are_those_with_enough_of_it(tmp_path):
