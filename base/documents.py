@@ -36,7 +36,7 @@ def read_documents(source, most, prose=False):
     where there are LEAST_PROSE characters of them. InputError names what cannot be read.
     """
     root = Path(source or sysconfig.get_path('stdlib'))
-    found = (document for path in files_of(root, source) for document in documents_of(path, root, prose))
+    found = documents_of(files_of(root, source), root, prose)
     documents = {name: re.sub(SURROGATES, '\ufffd', text) for name, text in itertools.islice(found, most)}
     damaged = sum('\ufffd' in text for text in documents.values())
     if damaged and source:
@@ -80,19 +80,20 @@ def files_of(root, is_data):
     return ours
 
 
-def documents_of(path, root, prose):
-    """Yield the (name, text) of every document in a file, as it is read. InputError names a wrong row."""
-    name = path.name if path == root else path.relative_to(root).as_posix()
-    kind = path.suffix.lower()
-    with open(path, encoding='utf-8-sig', errors='replace') as f:
-        if kind == '.jsonl':
-            yield from row_texts(f, name)
-        elif kind == '.py' and prose:
-            text = docstrings_and_comments(f)
-            if len(text) >= LEAST_PROSE:
-                yield name, text
-        else:
-            yield name, f.read()
+def documents_of(paths, root, prose):
+    """Yield the (name, text) of every document in these files, as it is read. InputError names a wrong row."""
+    for path in paths:
+        name = path.name if path == root else path.relative_to(root).as_posix()
+        kind = path.suffix.lower()
+        with open(path, encoding='utf-8-sig', errors='replace') as f:
+            if kind == '.jsonl':
+                yield from row_texts(f, name)
+            elif kind == '.py' and prose:
+                text = docstrings_and_comments(f)
+                if len(text) >= LEAST_PROSE:
+                    yield name, text
+            else:
+                yield name, f.read()
 
 
 def docstrings_and_comments(f):
