@@ -112,16 +112,14 @@ def load_model(s, folder, learns=False):
     config = read_config(folder)
     dtype = weight_dtype(folder)
     size = ranks()[1]
-    if s.stream and size > 1:
-        raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
+    how = stream if s.stream else load
+    if size > 1:
+        how = shard
+        if s.stream:
+            raise InputError('--stream under torchrun: several ranks share the weights anyway; leave it out')
     working = working_bytes(s, config, dtype.itemsize) // size if learns else 0
     check_memory(s, config, dtype.itemsize, size, working)
     # oneDNN keeps the buffers of 1,024 shapes of bf16 matmuls, and experts meet a new shape in every batch:
     # gigabytes
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')
-    progress = Progress('load')
-    if size > 1:
-        return shard(folder, dtype, s.device, progress)
-    if s.stream:
-        return stream(folder, dtype, s.device, progress)
-    return load(folder, dtype, s.device, progress)
+    return how(folder, dtype, s.device, Progress('load'))
