@@ -70,7 +70,7 @@ def tokenize(texts, tokenizer, T, name, B=0):
     progress = Progress(f'load {name} text')
     parts = []
     for text in texts:
-        parts.append(np.array(tokenizer.document(text), np.int32))
+        parts.append(torch.tensor(tokenizer.document(text)).int())
         progress(len(parts), len(texts))
     lengths = [len(part) for part in parts]
     n = sum(lengths)
@@ -79,7 +79,7 @@ def tokenize(texts, tokenizer, T, name, B=0):
         raise InputError(f'--data: the {name} split has {n} tokens, {max(1, B)} sequences of {T} need '
                          f'{least}: give more text, a shorter --seq or a smaller --ppo-batch')
     document = torch.repeat_interleave(torch.tensor(lengths)).int()         # 0 0 0 1 1 ..
-    return Text(torch.from_numpy(np.concatenate(parts)), document, tokenizer.front)
+    return Text(torch.cat(parts), document, tokenizer.front)
 
 
 # ================================================================ byte-pair encoding, learnt
