@@ -53,8 +53,9 @@ SAME_PATTERN = r'''(?x) (?:
 class Tokenizer:
     """Text to token ids and back, by the tokenizer.json in a checkpoint folder.
 
-    front: the ids that stand before every text; eos: the id behind a document, or None; stops: all ids that
-    end a generated text; marks: all of these, no part of a text; ids {piece: id}; bytes_of_id {id: bytes}.
+    front: the ids that stand before every text; eos: those behind a document, one or none; stops: all ids
+    that end a generated text; marks: all of these, no part of a text; ids {piece: id}; bytes_of_id
+    {id: bytes}.
     InputError names the file and what in it is damaged or unknown.
     """
 
@@ -169,13 +170,12 @@ class Tokenizer:
                 token = token.get('content')
             return [] if token is None else [self.ids[token]]
         with reading(path):
-            bos = named('bos_token')
+            if ours.get('add_bos_token'):
+                self.front = self.front or named('bos_token')
             eos = named('eos_token')
-        if ours.get('add_bos_token') and not self.front:
-            self.front = bos
-        self.eos = next(iter(eos or stops), None)
+        self.eos = (eos or stops)[:1]
         self.stops = set(stops or eos)
-        self.marks = {*self.front, *self.stops, self.eos}
+        self.marks = {*self.front, *self.stops, *self.eos}
 
     # ------------------------------------------------------------ text to ids
 
@@ -220,7 +220,7 @@ class Tokenizer:
 
     def document(self, text):
         """The ids of a document to learn from: all of it plain text, eos behind it where there is one."""
-        return self.front + self.encode(text) + ([] if self.eos is None else [self.eos])
+        return self.front + self.encode(text) + self.eos
 
     # ------------------------------------------------------------ ids to text
 

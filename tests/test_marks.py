@@ -25,13 +25,13 @@ def ends(config, generation=None, token=None):
 
 
 @pytest.mark.parametrize('files, front, eos, stops', [
-    (ours('<s>', True), [BOS], None, set()),
-    (ours({'content': '<s>'}, True), [BOS], None, set()),
-    (ours('<s>', False), [], None, set()),
-    (ends(EOS), [], EOS, {EOS}),
-    (ends(EOS, generation=[END, EOS]), [], END, {END, EOS}),
-    (ends(EOS, token='<|x|>'), [], END, {EOS}),
-    (ends(None, token='</s>'), [], EOS, {EOS}),
+    (ours('<s>', True), [BOS], [], set()),
+    (ours({'content': '<s>'}, True), [BOS], [], set()),
+    (ours('<s>', False), [], [], set()),
+    (ends(EOS), [], [EOS], {EOS}),
+    (ends(EOS, generation=[END, EOS]), [], [END], {END, EOS}),
+    (ends(EOS, token='<|x|>'), [], [END], {EOS}),
+    (ends(None, token='</s>'), [], [EOS], {EOS}),
 ])
 def test_one_place_decides_what_marks_a_text(files, front, eos, stops, tmp_path):
     t = tokenizer_of(tmp_path, file_of('Qwen'), **files)
