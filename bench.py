@@ -156,7 +156,7 @@ def of_run(a, s):
     """(name, model, tokens (n,T) of held-out text, policy) of a run, or of --ckpt with random allocators."""
     run = Path(a.run or '')
     model, _, texts, digest = base_model(s, run)
-    tokens = texts[1].windows(s.seq, 2048)[0].to(s.device)
+    tokens = texts[1].windows(2048)[0].to(s.device)
     if a.run:
         policy = trained_policy(run, model.config, digest, s.device)
         standins.use(model, policy.fitted)

@@ -215,7 +215,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
     """
     L = len(model.config.moe_layers)
     rank, size = ranks()
-    batches = text.batches(s.ppo_batch, s.seq, s.seed + 1)
+    batches = text.batches(s.ppo_batch, s.seed + 1)
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
     if s.resume:
@@ -288,8 +288,8 @@ def run(s, out):
     if target:
         policy = calibrate(model, families.windows, partial(AdaK, allocators), target, 2, -2)
         allocators.price.fill_(policy.price)
-    allocators.fitted = refit(s, model, text, AdaK(allocators))    # for what is dropped now
-    windows = heldout.windows(s.seq, s.heldout_tokens)
+    allocators.fitted = refit(s, model, text, AdaK(allocators))             # for what is dropped now
+    windows = heldout.windows(s.heldout_tokens)
     rows = compare(s, model, text, allocators, families, windows, target)
     lap('evaluation')
 

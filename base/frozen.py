@@ -52,7 +52,7 @@ def base_model(s, out):
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
                          f'the model has only {model.config.n_vocab} tokens')
     with torch.no_grad():
-        inputs, _, _ = train.windows(s.seq, limit=1)
+        inputs, _, _ = train.windows(limit=1)
         logits = model(inputs.to(model.device))                             # (1,T,V)
     if not logits.isfinite().all():
         raise InputError(f'{folder}: the base model gives NaN on ordinary text')

@@ -111,7 +111,7 @@ def learn_base(s, config, text):
     muon = Muon(matrices)
     groups = [{'params': others, 'highest': ADAM_LR}, {'params': routers, 'highest': ROUTER_LR}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    batches = text.batches(BATCH, s.seq, seed=0)
+    batches = text.batches(BATCH, seed=0)
     progress = Progress('base')
     for step in range(1, s.base_steps + 1):
         inputs, targets, _ = next(batches)                                  # (B,T) each

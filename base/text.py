@@ -27,39 +27,40 @@ class Text:
     """A split of the text as one stream of tokens, a separator behind every document."""
     tokens: torch.Tensor            # (n,) whole numbers; int32 where memory counts, batches are int64
     document: torch.Tensor          # (n,) the number of the document each token belongs to
+    T: int                          # tokens of a window
     front: tuple = ()               # the ids that the tokenizer puts in front of a text
 
-    def at(self, begin, T):
+    def at(self, begin):
         """The T tokens from `begin` (n,) on, (n,T) int64, those behind them, and the documents of the latter.
 
         A model that was trained with a token in front of every text attends to it all the time, so it stands
         at the beginning of a window, in place of the text's own token. It is never a target.
         """
-        place = begin[:, None] + torch.arange(T)                            # (n,T)
+        place = begin[:, None] + torch.arange(self.T)                       # (n,T)
         inputs = self.tokens[place].long()
         for i, front in enumerate(self.front):
             inputs[:, i] = front
         return inputs, self.tokens[place + 1].long(), self.document[place + 1]
 
-    def windows(self, T, limit=10 ** 12):
+    def windows(self, limit):
         """(inputs, targets, documents), each (n,T), of consecutive windows.
 
         limit: at most so many tokens, of windows spread over the whole split; at least one window.
         """
-        n = (len(self.tokens) - 1) // T
-        wanted = min(n, max(1, limit // T))
+        n = (len(self.tokens) - 1) // self.T
+        wanted = min(n, max(1, limit // self.T))
         chosen = np.linspace(0, n - 1, wanted).astype(int)
-        return self.at(torch.from_numpy(chosen) * T, T)
+        return self.at(torch.from_numpy(chosen) * self.T)
 
-    def batches(self, B, T, seed):
+    def batches(self, B, seed):
         """Endless random batches as `windows` (B,T); every token once before any token twice."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            offset = torch.randint(T, (1,), generator=generator).item()
-            n = (len(self.tokens) - offset - 1) // T
+            offset = torch.randint(self.T, (1,), generator=generator).item()
+            n = (len(self.tokens) - offset - 1) // self.T
             for chosen in torch.randperm(n, generator=generator).split(B):
                 if len(chosen) == B:
-                    yield self.at(offset + chosen * T, T)                   # (B,T) each
+                    yield self.at(offset + chosen * self.T)                 # (B,T) each
 
 
 def tokenize(texts, tokenizer, T, name, B=0):
@@ -79,7 +80,7 @@ def tokenize(texts, tokenizer, T, name, B=0):
         raise InputError(f'--data: the {name} split has {n} tokens, {max(1, B)} sequences of {T} need '
                          f'{least}: give more text, a shorter --seq or a smaller --ppo-batch')
     document = torch.repeat_interleave(torch.tensor(lengths)).int()         # 0 0 0 1 1 ..
-    return Text(torch.cat(parts), document, tokenizer.front)
+    return Text(torch.cat(parts), document, T, tokenizer.front)
 
 
 # ================================================================ byte-pair encoding, learnt

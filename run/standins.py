@@ -100,7 +100,7 @@ def fit(s, model, inputs, policy):
 def refit(s, model, text, policy):
     """Let the model run with what is fitted for the policy on training text -> what `fit` returns."""
     torch.manual_seed(s.seed)                                  # all ranks draw the same
-    fitted = fit(s, model, text.windows(s.seq, s.heldout_tokens)[0], policy)
+    fitted = fit(s, model, text.windows(s.heldout_tokens)[0], policy)
     use(model, fitted)
     return fitted
 

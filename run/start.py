@@ -26,7 +26,7 @@ def prepare(s, model, text):
 
     From here on the model runs with what was fitted (run/standins.py), for expert skipping at the budget.
     """
-    families = SkipFamilies(model, text.windows(s.seq, s.heldout_tokens // 4))
+    families = SkipFamilies(model, text.windows(s.heldout_tokens // 4))
     skip = families.policy('per layer', first_k(s, model.config))
     fitted = standins.refit(s, model, text, skip)
     if s.beyond:
@@ -46,7 +46,7 @@ def new_allocators(s, model, text, families):
     """
     config = model.config
     allocators = empty_allocators(s, config).to(s.device)
-    batches = text.batches(s.ppo_batch, s.seq, s.seed)
+    batches = text.batches(s.ppo_batch, s.seed)
     mean_k = first_k(s, config)
     if s.extended:
         standardise(model, allocators, next(batches)[0])

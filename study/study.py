@@ -44,7 +44,7 @@ class Study:
         self.folder = open_out(folder, *there)
         self.model, self.tokenizer, texts, self.digest = base_model(s, folder.parent)
         self.text, heldout = texts
-        self.windows = heldout.windows(s.seq, s.heldout_tokens)        # rows are of these
+        self.windows = heldout.windows(s.heldout_tokens)     # rows are of these
         self.fitted, self.families = prepare(s, self.model, self.text)
         facts = {
             'base': self.digest,

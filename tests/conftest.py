@@ -56,10 +56,10 @@ def random_ada_k(config, k_max):
     return AdaK(allocators)
 
 
-def random_text(n):
-    """n tokens of the vocabulary of tiny_config, one document."""
+def random_text(n, T=16):
+    """n tokens of the vocabulary of tiny_config, one document, in windows of T."""
     from base.text import Text
-    return Text(torch.randint(50, (n,)), torch.zeros(n))
+    return Text(torch.randint(50, (n,)), torch.zeros(n), T)
 
 
 def assert_close(found, expected):

@@ -33,23 +33,23 @@ def test_documents_are_split_once_even_if_a_name_is_no_utf8(n, size):
 
 
 NUMBERS = torch.arange(1001)
-TEXT = Text(NUMBERS, NUMBERS // 7)
+TEXT = Text(NUMBERS, NUMBERS // 7, 10)
 
 
 def test_windows_predict_each_token_once_behind_what_stands_in_front():
-    text = Text(TEXT.tokens.int(), TEXT.document, front=(9999,))
-    inputs, targets, document = text.windows(10)
+    text = Text(TEXT.tokens.int(), TEXT.document, 10, front=(9999,))
+    inputs, targets, document = text.windows(1000)
     assert torch.equal(targets.flatten(), NUMBERS[1:])
     assert torch.equal(document.flatten(), NUMBERS[1:] // 7)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert (inputs[:, 0] == 9999).all()
-    inputs, targets, _ = next(text.batches(2, 8, seed=0))
+    inputs, targets, _ = next(text.batches(2, seed=0))
     assert inputs[:, 0].tolist() == [9999] * 2
     assert 9999 not in targets
 
 
 def test_batches_show_every_token_before_any_twice():
-    batches = TEXT.batches(4, 10, seed=0)
+    batches = TEXT.batches(4, seed=0)
     seen = torch.cat([next(batches)[0] for _ in range(24)])
     assert seen.numel() == len(seen.unique()) == 960
 
@@ -111,10 +111,10 @@ def test_balance_loss_is_1_when_balanced_and_grows_to_N(chosen, loss):
 def test_a_base_learns_a_text_that_repeats():
     config = tiny_config(n_layers=2)
     sentence = torch.randint(50, (40,))
-    text = Text(sentence.repeat(100), torch.zeros(4000))
+    text = Text(sentence.repeat(100), torch.zeros(4000), 32)
     s = train.Settings(base_steps=12, seq=32)
     model = learn_base(s, config, text)
-    [(loss, _)] = evaluate(model, text.windows(32, 640), [TopK(3)])
+    [(loss, _)] = evaluate(model, text.windows(640), [TopK(3)])
     assert loss.mean() < math.log(50) - 0.3                    # of a model that knows nothing
 
 

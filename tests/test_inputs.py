@@ -35,7 +35,7 @@ def test_enough_text_gives_full_batches_at_whatever_offset():
     text = tokenize(['x' * 60, 'y' * 51], Letters(), 10, 'train', 10)
     assert text.document.tolist() == [0] * 60 + [1] * 51
     assert text.tokens.element_size() + text.document.itemsize == 8
-    batches = text.batches(10, 10, seed=0)
+    batches = text.batches(10, seed=0)
     assert all(len(next(batches)[0]) == 10 for _ in range(50))
 
 

@@ -62,7 +62,7 @@ def test_learning_without_rl_follows_the_price(price, least, most):
     allocators.bias.data[:, 2] = 0.5                           # starts at k = 3
     s = Settings(seq=16, ppo_batch=4, ppo_steps=20, **SOFT)
     train_ppo(s, model, allocators, price, random_text(4000), log=[], one_step=soft_step)
-    [(_, tally)] = evaluate(model, random_text(600).windows(16), [AdaK(allocators)])
+    [(_, tally)] = evaluate(model, random_text(600).windows(600), [AdaK(allocators)])
     assert least <= tally.mean() <= most
 
 
@@ -77,7 +77,7 @@ def test_allocators_start_as_expert_skipping(family, budget, monkeypatch):
     model = random_model(tiny_config(top_k=4))
     s = Settings(budget=budget, seq=16, dropped='published')
     text = random_text(2400)
-    families = SkipFamilies(model, text.windows(16))
+    families = SkipFamilies(model, text.windows(2400))
     target = 4 * budget
     allocators, price = new_allocators(s, model, text, families)
     skip = families.policy(family, target)
@@ -95,7 +95,7 @@ def test_the_first_step_keeps_the_start_however_many_experts(N, K):
     model = new_model(tiny_config(n_experts=N, top_k=K, dim=64)).requires_grad_(False)
     s = Settings(seq=16, start='one beta', ppo_steps=1)
     text = random_text(8000)
-    families = SkipFamilies(model, text.windows(16, 2048))
+    families = SkipFamilies(model, text.windows(2048))
     allocators, price = new_allocators(s, model, text, families)
     log = []
     train_ppo(s, model, allocators, price, text, log)

@@ -14,7 +14,7 @@ from run.rules import FAMILIES, SkipFamilies, betas_at
 def families():
     torch.manual_seed(0)
     model = random_model(tiny_config(top_k=4))
-    return SkipFamilies(model, random_text(3000).windows(16))
+    return SkipFamilies(model, random_text(3000).windows(3000))
 
 
 def test_betas_by_hand():
@@ -59,7 +59,7 @@ def test_families_have_their_mean_k_and_the_best_costs_least(families):
 
 def test_one_expert_leaves_nothing_to_skip():
     model = random_model(tiny_config(top_k=1))
-    families = SkipFamilies(model, random_text(40).windows(8))
+    families = SkipFamilies(model, random_text(40, 8).windows(40))
     policies = [families.policy(family, 1) for family in FAMILIES]
     assert families.costs(policies) == [(0, 1)] * 3
 

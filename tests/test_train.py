@@ -8,8 +8,7 @@ import torch
 
 import train
 from allocator import Allocators
-from base.text import Text
-from conftest import GOLDEN, ROOT, random_model, refusal, rows_of, tiny_config
+from conftest import GOLDEN, ROOT, random_model, random_text, refusal, rows_of, tiny_config
 from hub.checkpoint import base_digest, hub_tensors
 from hub.config import from_hf
 from hub.files import InputError, read_json, write_json
@@ -58,8 +57,8 @@ def test_a_loss_of_nan_leaves_the_last_good_state_and_no_step_changes_the_base(t
     model = random_model(tiny_config(top_k=4))
     before = [p.clone() for p in model.parameters()]
     s = train.Settings(ppo_steps=9, save_every=2, seq=16, ppo_batch=4)
-    text = Text(torch.randint(50, (1000,)), torch.zeros(1000))
-    allocators, price = new_allocators(s, model, text, SkipFamilies(model, text.windows(16)))
+    text = random_text(1000)
+    allocators, price = new_allocators(s, model, text, SkipFamilies(model, text.windows(1000)))
     real = train.rollout_reward
     log = []
 
