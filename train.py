@@ -34,7 +34,7 @@ from run.console import (OneLineParser, Progress, check_budget, check_settings, 
                          open_device)
 from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
 from run.ranks import average_gradients, averaged, check_ranks, gathered, join, ranks
-from run.report import told, training_figure, write_log
+from run.report import tell, training_figure, write_log
 from run.standins import refit, target_k
 from run.start import new_allocators, prepare
 from run.state import in_state, load_state, open_run, save_state, stop_signals
@@ -311,7 +311,8 @@ def run(s, out):
     write_json(out / 'results.json', results)
     state.unlink()                                             # the run is complete
     training_figure(out / 'training.png', log, c.top_k, target)
-    print(told(results), f'wrote {out}', sep='\n')
+    tell(results)
+    print(f'wrote {out}')
 
 
 # ================================================================ command line

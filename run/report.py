@@ -34,17 +34,14 @@ def table(rows):
     return markdown(head, lines)
 
 
-def told(results):
-    """What a run says at its end: results.json as text."""
+def tell(results):
+    """Print what a run says at its end, of results.json."""
     documents = results['effective_documents']
-    lines = [table(results['rows'])]
+    print(table(results['rows']))
     if documents < FEW_DOCUMENTS:
-        lines.append(f'errors are rough: the held-out text counts as {documents:.1f} equally long documents')
-    lines += [
-        f'base model: {results["bits_per_byte"]:.3f} bits per byte on held-out text',
-        f'{sum(results["seconds"].values()):.0f} s',
-    ]
-    return '\n'.join(lines)
+        print(f'errors are rough: the held-out text counts as {documents:.1f} equally long documents')
+    print(f'base model: {results["bits_per_byte"]:.3f} bits per byte on held-out text')
+    print(f'{sum(results["seconds"].values()):.0f} s')
 
 
 def write_log(path, log):
