@@ -80,7 +80,6 @@ def check_settings(s):
         '--rank: must be 1 or more': s.rank is None or s.rank > 0,
         '--beyond: must be 0 or more': s.beyond >= 0,
         '--fresh learns a base: not with --ckpt or --resume': not (s.fresh and (s.ckpt or s.resume)),
-        '--stream needs --ckpt: a base that is learnt here is in memory': s.ckpt or not s.stream,
         '--save-every, --seq, --ppo-steps, --ppo-batch: must be 1 or more': min(counts) > 0,
     }
     for line, good in checks.items():
