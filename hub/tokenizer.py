@@ -71,7 +71,7 @@ class Tokenizer:
                 self.read_steps(hf, byte_of)
             except Exception as what:
                 self.hand_over(path, what)
-            added = {token['content'] for token in hf.get('added_tokens', [])}
+            added = {token['content'] for token in hf['added_tokens']}
             self.bytes_of_id = {
                 i: piece.encode() if piece in added else spelt(piece.replace('▁', ' '), byte_of)
                 for piece, i in self.ids.items()
@@ -100,11 +100,8 @@ class Tokenizer:
         self.normalise = NORMALIZERS[json.dumps(steps, sort_keys=True)]
         steps = steps_of(hf, 'pre_tokenizer', 'pretokenizers')
         kinds = ' '.join(step['type'] for step in steps)
-        self.splits = []
-        for step in steps:
-            pattern = pattern_of(step)
-            if pattern:
-                self.splits.append(regex.compile(f'(?m)({pattern})').split)
+        patterns = map(pattern_of, steps)
+        self.splits = [regex.compile(f'(?m)({pattern})').split for pattern in patterns if pattern]
         if not regex.fullmatch(ORDER, kinds):
             raise ValueError(f'the pre_tokenizer {kinds}')
         model = hf['model']
@@ -122,7 +119,7 @@ class Tokenizer:
             mergeable_ranks={key: rank for rank, key in enumerate(ids_of)},
             special_tokens={},
         )
-        self.read_added(hf.get('added_tokens', []))
+        self.read_added(hf['added_tokens'])
         for step in steps_of(hf, 'post_processor', 'processors'):
             if step['type'] != 'ByteLevel':             # which moves offsets only
                 self.front += [self.ids[part['SpecialToken']['id']] for part in step['single'][:-1]]
@@ -299,8 +296,8 @@ def ids_of_bytes(vocab, merges, byte_of):
             ids_of[utf8[:n]] = ids_of[utf8[:n - 1]] + ids_of[utf8[n - 1:n]]
         ids_of[utf8] = [vocab[character]]
     pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges]
-    for word, parts in itertools.groupby(pairs, ''.join):
-        if word in made or not any({left, right} <= made for left, right in parts):
+    for word, pairs_to_it in itertools.groupby(pairs, ''.join):
+        if word in made or not any(made.issuperset(pair) for pair in pairs_to_it):
             raise ValueError(f'the place of the merges to {word}')
         made.add(word)
         ids_of[spelt(word, byte_of)] = [vocab[word]]
