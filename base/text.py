@@ -90,14 +90,15 @@ def learn_bpe(texts, n_tokens):
 
     Example: 'aaabdaaabac' -> (97,97), then (256,97) .. as in Sennrich et al. 2016, on bytes.
     """
-    chunks = collections.Counter()
+    # how often each word occurs: a string with a character for every id, so that str.replace merges a pair
+    words = collections.Counter()
     seen = 0                                            # characters
     for text in texts:
-        if seen < ENOUGH:
-            chunks.update(regex.findall(PATTERN, text))
+        for word in regex.findall(PATTERN, text):
+            words[word.encode().decode('latin-1')] += 1
         seen += len(text)
-    # a word is a string with a character for every id, so that str.replace merges a pair in it
-    words = {chunk.encode().decode('latin-1'): n for chunk, n in chunks.items()}
+        if seen >= ENOUGH:
+            break
     count = collections.Counter()                       # pair of characters -> how often it occurs
 
     def tally(word, n):
