@@ -58,9 +58,9 @@ def files_of(root, is_data):
     def visit(path):
         if re.fullmatch(skipped, path.name):
             left_out['copies of macOS or Jupyter'].append(path)
-        elif os.path.isfile(path) and path.suffix.lower() in kinds:
+        elif path.is_file() and path.suffix.lower() in kinds:
             ours.append(path)
-        elif os.path.isdir(path) and path.resolve() not in visited:
+        elif path.is_dir() and path.resolve() not in visited:
             visited.add(path.resolve())
             try:
                 for inside in sorted(path.iterdir()):
