@@ -3,7 +3,7 @@ import os
 import shutil
 
 from base.documents import read_documents, split_documents, text_digest
-from base.pretrain import BATCH, SIZES, config_of, learn_base
+from base.pretrain import BATCH, SIZES, learn_base
 from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
 from hub.checkpoint import base_digest, find_checkpoint, load, save, weight_dtype
 from hub.config import read_config
@@ -37,7 +37,7 @@ def base_model(s, out):
     train = tokenize(train, tokenizer, s.seq, 'train', max(s.ppo_batch, BATCH * learn))
     heldout = tokenize(heldout, tokenizer, s.seq, 'held-out')
     if learn:
-        model = learn_base(s, config_of(s, len(tokenizer.ids)), train)
+        model = learn_base(s, len(tokenizer.ids), train)
         save(model, place)
         write_json(place / 'recipe.json', recipe)
         shutil.rmtree(folder, ignore_errors=True)

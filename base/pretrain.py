@@ -19,18 +19,6 @@ WHOLE = 1.7             # how long the default run takes, in times of this stage
 SIZES = 'n_layers', 'dim', 'n_heads', 'n_experts', 'top_k', 'expert_dim'
 
 
-def config_of(s, n_vocab):
-    """The Config of the base model of Settings s; n_vocab: the tokens that were learnt, s.n_vocab at most."""
-    return Config(
-        **{name: getattr(s, name) for name in SIZES},
-        n_vocab=n_vocab,
-        n_kv_heads=s.n_heads // 2,
-        head_dim=s.dim // s.n_heads,
-        eos=n_vocab - 1,
-        max_len=max(s.seq, Config.max_len),
-    )
-
-
 def orthogonalise(G):
     """Newton-Schulz iteration on a stack (..,m,n): nearly U V^T of each G = U S V^T (Muon, Jordan 2024)."""
     tall = G.shape[-2] > G.shape[-1]
@@ -95,8 +83,19 @@ def new_model(config):
     return model
 
 
-def learn_base(s, config, text):
-    """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss."""
+def learn_base(s, n_vocab, text):
+    """The base model, learnt in s.base_steps on `text`: cross-entropy plus the load-balancing loss.
+
+    n_vocab: the tokens that were learnt, s.n_vocab at most.
+    """
+    config = Config(
+        **{name: getattr(s, name) for name in SIZES},
+        n_vocab=n_vocab,
+        n_kv_heads=s.n_heads // 2,
+        head_dim=s.dim // s.n_heads,
+        eos=n_vocab - 1,
+        max_len=max(s.seq, Config.max_len),
+    )
     model = new_model(config).to(s.device)
     matrices = []
     routers = []
