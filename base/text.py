@@ -3,6 +3,7 @@
 A split of the text is one stream of tokens, cut into windows of T.
 """
 import collections
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def learn_bpe(texts, n_tokens):
     count = collections.Counter()                       # pair of characters -> how often it occurs
 
     def tally(word, n):
-        for a, b in zip(word, word[1:]):
+        for a, b in itertools.pairwise(word):
             count[a + b] += n
 
     for word, n in words.items():
