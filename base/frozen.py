@@ -2,6 +2,8 @@
 import os
 import shutil
 
+import torch
+
 from base.documents import read_documents, split_documents, text_digest
 from base.pretrain import BATCH, SIZES, learn_base
 from base.text import SEPARATOR, learn_bpe, tokenize, tokenizer_json
@@ -49,8 +51,9 @@ def base_model(s, out):
     if largest >= model.config.n_vocab:
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
                          f'the model has only {model.config.n_vocab} tokens')
-    inputs, _, _ = train.windows(limit=1)
-    logits = model(inputs.to(model.device))                                 # (1,T,V)
+    with torch.no_grad():
+        inputs, _, _ = train.windows(limit=1)
+        logits = model(inputs.to(model.device))                             # (1,T,V)
     if not logits.isfinite().all():
         raise InputError(f'{folder}: the base model gives NaN on ordinary text')
     return model, tokenizer, (train, heldout), base_digest(folder)
