@@ -33,7 +33,7 @@ from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, model_flags, one_line_errors,
                          open_device)
 from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
-from run.ranks import average_gradients, averaged, check_ranks, gathered, join, ranks
+from run.ranks import average_gradients, averaged, check_ranks, gathered, join, my_rank, n_ranks
 from run.report import tell, training_figure, write_log
 from run.standins import refit, target_k
 from run.start import new_allocators, prepare
@@ -214,7 +214,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
     facts: what it depends on (run/state.py). one_step: ppo_step, or another with its arguments.
     """
     L = len(model.config.moe_layers)
-    rank, size = ranks()
+    size = n_ranks()
     batches = text.batches(s.ppo_batch, s.seed + 1)
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
@@ -227,10 +227,10 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
     with stop_signals() as asked:
         for step in range(len(log) + 1, s.ppo_steps + 1):
             # of all sequences those of this rank
-            batch = [part.chunk(size)[rank].to(s.device) for part in next(batches)]         # (B,T) each
+            batch = [part.chunk(size)[my_rank()].to(s.device) for part in next(batches)]    # (B,T) each
             # noise of all ranks' tokens: a token's draw does not depend on how many ranks there are
             noise = torch.rand(L, s.group, s.ppo_batch, s.seq, generator=generator, device=s.device)
-            noise = noise.chunk(size, dim=2)[rank].flatten(1)               # (L,G*P)
+            noise = noise.chunk(size, dim=2)[my_rank()].flatten(1)          # (L,G*P)
             price = next_price(s, first, log, model.config)
             if not s.paper:
                 optimizer.param_groups[0]['lr'] = s.ppo_lr * (1 - (step - 1) / s.ppo_steps)
@@ -294,7 +294,7 @@ def run(s, out):
     lap('evaluation')
 
     # files
-    if ranks()[0] > 0:
+    if my_rank() > 0:
         return
     allocators.save(out / 'allocator.safetensors', digest,
                     budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)

@@ -12,7 +12,7 @@ from hub.config import read_config
 from hub.files import InputError, read_json, write_json
 from hub.tokenizer import Tokenizer
 from run.console import Progress
-from run.ranks import ranks
+from run.ranks import n_ranks
 from scale.memory import check_memory, working_bytes
 from scale.shard import shard
 from scale.stream import stream
@@ -90,7 +90,7 @@ def is_there(folder, recipe, fresh=False):
 
 def learn_tokenizer(folder, texts, n_vocab):
     """A new folder beside `folder`, with a tokenizer that was learnt on the texts."""
-    if ranks()[1] > 1:
+    if n_ranks() > 1:
         raise InputError(f'{folder}: no base model there, and several ranks cannot learn one; '
                          f'run this once without torchrun')
     if folder.is_symlink():
@@ -111,7 +111,7 @@ def load_model(s, folder, learns=False):
     """
     config = read_config(folder)
     dtype = weight_dtype(folder)
-    size = ranks()[1]
+    size = n_ranks()
     how = stream if s.stream else load
     if size > 1:
         how = shard

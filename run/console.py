@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hub.files import InputError
-from run.ranks import join, leave, ranks
+from run.ranks import join, leave, my_rank, n_ranks
 
 MARK = '.ada-k'         # a file in every folder that holds files of this program
 
@@ -112,7 +112,7 @@ class Progress:
     def __call__(self, step, steps, tokens=0, **numbers):
         """So many of the steps are done; tokens: of one step, where there are some to count."""
         now = time.monotonic()
-        if ranks()[0] or (now < self.next and step < steps):
+        if my_rank() or (now < self.next and step < steps):
             return
         terminal = sys.stderr.isatty()
         self.next = now + (0.2 if terminal else 10)
@@ -150,14 +150,13 @@ def one_line_errors(script, main, argv=None):
     except (MemoryError, RuntimeError) as e:
         if re.search('MemoryError|out of memory|allocate memory', repr(e)):
             line = 'memory ran out: --stream, a smaller --ppo-batch or --seq need less'
-        elif ranks()[1] > 1 and re.search('(?i)connection|nccl|timed out', str(e)):
+        elif n_ranks() > 1 and re.search('(?i)connection|nccl|timed out', str(e)):
             line = 'another rank is gone; train.py --resume goes on from the last saved state'
         else:
             raise
-    rank, size = ranks()
-    if rank:
-        line = f'rank {rank}: {line}'
+    if my_rank():
+        line = f'rank {my_rank()}: {line}'
     print(f'{script}: {line}', file=sys.stderr)
-    if size > 1:
+    if n_ranks() > 1:
         os._exit(status)                                # a shutdown would wait for a rank that is gone
     sys.exit(status)

@@ -9,7 +9,7 @@ import torch
 
 import ppo
 from allocator import Counted, find_knob
-from run.ranks import gathered, ranks
+from run.ranks import gathered, my_rank, n_ranks
 from scale.memory import LOGITS, sequences_of_pass
 
 BLOCKS = 16             # a document longer than this part of the text counts as several
@@ -41,8 +41,8 @@ def by_parts(model, windows, few, see):
     Under several ranks each takes its part of the windows, and all have the whole result. `see` is called
     equally often on all of them, on some with no windows left.
     """
-    rank, size = ranks()
-    inputs, targets = (part.tensor_split(size)[rank].to(model.device) for part in windows[:2])
+    size = n_ranks()
+    inputs, targets = (part.tensor_split(size)[my_rank()].to(model.device) for part in windows[:2])
     most = -(-len(windows[0]) // size)                         # windows of the rank that has most
     found = [see(inputs[at:at + few], targets[at:at + few]).cpu() for at in range(0, most, few)]
     return torch.cat(gathered(torch.cat(found, dim=1)), dim=1)

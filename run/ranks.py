@@ -42,14 +42,19 @@ def leave(status=0):
         os._exit(status)
 
 
-def ranks():
-    """(number of this rank, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def my_rank():
+    """The number of this rank, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_ranks():
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gathered(value):
     """[the value of every rank], in order."""
-    values = [value] * ranks()[1]
+    values = [value] * n_ranks()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
@@ -57,8 +62,8 @@ def gathered(value):
 
 def check_ranks(s):
     """InputError unless the ranks can share a batch evenly."""
-    if s.ppo_batch % ranks()[1]:
-        raise InputError(f'--ppo-batch {s.ppo_batch}: {ranks()[1]} ranks cannot take as many sequences each')
+    if s.ppo_batch % n_ranks():
+        raise InputError(f'--ppo-batch {s.ppo_batch}: {n_ranks()} ranks cannot take as many sequences each')
 
 
 def averaged(numbers):

@@ -13,7 +13,7 @@ import torch
 from allocator import AdaK, Allocators
 from hub.files import InputError, read_json, reading, write_whole
 from run.console import MARK, open_out
-from run.ranks import ranks
+from run.ranks import my_rank
 
 # what may differ between an interrupted run and the one that resumes it
 NOT_IN_STATE = 'out', 'fresh', 'resume', 'save_every', 'heldout_tokens', 'stream', 'device'
@@ -31,7 +31,7 @@ def open_run(out):
     """
     out = open_out(out, *WRITTEN)
     with open(out / MARK, 'r+') as mark:
-        if ranks()[0] == 0:
+        if my_rank() == 0:
             try:
                 fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)           # until the file is closed
             except BlockingIOError:

@@ -10,7 +10,7 @@ from conftest import ROOT, refusal
 from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError, read_json, write_json
-from run.ranks import join, ranks
+from run.ranks import join, my_rank, n_ranks
 from run.state import open_run, trained_policy
 
 
@@ -79,7 +79,7 @@ def test_a_linked_base_is_used_and_a_run_may_be_in_a_thread(finished, capsys):
 def test_one_process_meets_nobody(size, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', size)
     join('cpu')
-    assert ranks() == (0, 1)
+    assert (my_rank(), n_ranks()) == (0, 1)
 
 
 # ---------------------------------------------------------------- nothing of the user's is lost

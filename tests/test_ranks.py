@@ -94,7 +94,7 @@ def test_what_several_ranks_cannot_do_is_one_line(quick, tmp_path, monkeypatch, 
     def refused(*args):
         return refusal(capsys, 'train.py', train.main, *quick, '--out', tmp_path, *args)
     for module in base.frozen, run.ranks:
-        monkeypatch.setattr(module, 'ranks', lambda: (0, 2))
+        monkeypatch.setattr(module, 'n_ranks', lambda: 2)
     assert '--ppo-batch 7: 2 ranks' in refused('--ppo-batch', '7')
     assert 'several ranks cannot learn one' in refused('--ckpt', '')
 
