@@ -81,7 +81,7 @@ def files_of(root, is_data):
 
 
 def documents_of(paths, root, prose):
-    """Yield the (name, text) of every document in these files, as it is read. InputError names a wrong row."""
+    """Yield the (name, text) of every document in these files as it is read. InputError names a wrong row."""
     for path in paths:
         name = path.name if path == root else path.relative_to(root).as_posix()
         kind = path.suffix.lower()
