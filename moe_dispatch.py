@@ -65,14 +65,14 @@ def select(probs, k, k_max, how):
         g = p / p[:, :K].sum(-1, keepdim=True)
     if k is None:
         return ids, g, None
+    own = torch.arange(p.shape[1], device=p.device) < K                         # (width,)
     run = used(k, ids)                                                          # (P,width)
-    own = g.clone()                                                             # those of the K
-    own[:, K:] = 0
-    weights = g * run                                                           # e_j g_j of those that run
-    weights[:, K:] *= how.eta
-    dropped = (own - weights).sum(-1, keepdim=True)                             # exactly 0 where k = K
+    weights = g * run * torch.where(own, 1.0, how.eta)
+    left = g * (own & ~run)
+    beyond = weights * ~own
+    dropped = (left - beyond).sum(-1, keepdim=True)                             # exactly 0 where k = K
     kept = weights.sum(-1, keepdim=True)
-    return ids, weights * (1 + how.rho * dropped / kept), own * ~run
+    return ids, weights * (1 + how.rho * dropped / kept), left
 
 
 # ================================================================ the reference: a loop over the experts
