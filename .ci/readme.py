@@ -36,7 +36,7 @@ def table(r):
 
 
 def note_of(base):
-    return f'{base["seeds"]} seed, torch {base["torch"]}; ± is one standard error, tokens clustered by file.'
+    return f'One seed, torch {base["torch"]}; ± is one standard error, tokens clustered by file.'
 
 
 def bases(r):

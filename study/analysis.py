@@ -62,7 +62,7 @@ def analyse(study, policy):
         list(token_classes(study.tokenizer, ids))
         for ids in study.windows[0].tolist()
     ])                                                                      # (n,)
-    easiest_first = of_token[study.of_topk.argsort(stable=True)]
+    easiest_first = of_token[study.of_topk.argsort(kind='stable')]
     return {
         'K': study.families.K,
         'mean_k': k.mean(),

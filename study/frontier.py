@@ -6,8 +6,6 @@ What is trained may run one expert more than K (train.py --beyond 1), so that at
 better than top-k. Every knob is set on the training documents to the same mean k; every row is of the
 held-out split.
 """
-import math
-
 import torch
 
 from hub.files import write_json
@@ -19,7 +17,6 @@ from scale.memory import empty_allocators
 from study.study import BUDGET, PUBLISHED, SOFT, open_study, parser, thousandths
 
 BUDGETS = 1.0, 0.9, 0.75, 0.6
-SEEDS = 1               # of what is trained
 RULES = 'random-mix', 'top-p', *(f'skip, {family}' for family in FAMILIES)
 METHODS = *RULES, 'published', 'soft', 'ada-k, dialled', 'ada-k'
 
@@ -35,7 +32,6 @@ def measure(study, budgets, methods=METHODS):
         'K': study.families.K,
         'tokens': len(study.of_topk),
         'documents': len(study.windows[2].unique()),
-        'seeds': SEEDS,
         'torch': torch.__version__,
         'rows': rows,
     }
@@ -50,13 +46,9 @@ def rows_at(study, b, methods):
             continue                                           # backpropagation needs all weights at once
         if method == 'ada-k, dialled' and b == BUDGET:
             continue                                           # is trained there
-        measurements = []
-        for i in range(1 if method in RULES else SEEDS):
-            seed = study.s.seed + i
-            name = f'{method}-{b}-seed{seed}'
-            measurements.append(study.measured(name, lambda: policy_at(study, method, b, seed)))
-        row, deltas[method] = study.row(measurements)
-        rows[method] = {'method': method, 'budget': b, **row}
+        name = f'{method}-{b}-seed{study.s.seed}'
+        deltas[method], counts = study.measured(name, lambda: policy_at(study, method, b))
+        rows[method] = {'method': method, 'budget': b, **study.row(deltas[method], counts)}
     c = study.model.config
     mean_k = study.target(b)
     free = f'skip, {study.families.best_family(mean_k)}'      # chosen on training text
@@ -76,19 +68,19 @@ def rows_at(study, b, methods):
                 'difference': difference.mean(),
                 'at_equal_k': at_equal_k,
                 'at_equal_flops': at_equal_k + worth * own,
-                'se': math.hypot(study.error(difference), ada['seed_se'], rows[method]['seed_se']),
+                'se': study.error(difference),
             }
     return rows.values()
 
 
-def policy_at(study, method, b, seed):
+def policy_at(study, method, b):
     """The policy of this name, trained if need be, its knob set to the budget b."""
     if method in RULES:
         mean_k = study.target(b)
         return study.families.rule_at(method.removeprefix('skip, '), mean_k, around=mean_k)
     trained_at = b if method in ('soft', 'ada-k') else BUDGET
     changes = {'published': PUBLISHED, 'soft': SOFT}.get(method, {})
-    return study.ada_k(method.removesuffix(', dialled'), b, budget=trained_at, seed=seed, **changes)
+    return study.ada_k(method.removesuffix(', dialled'), b, budget=trained_at, **changes)
 
 
 # ================================================================ table and figure, of bases.py too
@@ -106,10 +98,9 @@ def table(columns):
     """{title: {method: row}} -> loss minus top-k in thousandths of a nat per token, and Ada-K's leads."""
     lines = []
     for method in METHODS:
-        there = [rows.get(method, {}) for rows in columns.values()]
-        seeds = [row['seeds'] for row in there if row]
-        if seeds:
-            lines.append([method, str(max(seeds)), *map(thousandths, there)])
+        cells = [thousandths(rows.get(method, {})) for rows in columns.values()]
+        if any(cells):
+            lines.append([method, *cells])
     ada = [rows['ada-k'] for rows in columns.values()]
     for name, other, what in (
         ('best_free', 'the best rule without training', 'at_equal_k'),
@@ -118,10 +109,10 @@ def table(columns):
     ):
         cells = [thousandths(row.get(name, {}), what, 'se') for row in ada]
         if any(cells):
-            lines.append([f'*ada-k minus {other}, {what.replace("_", " ")}*', '', *cells])
+            lines.append([f'*ada-k minus {other}, {what.replace("_", " ")}*', *cells])
     mean_k = [f'{row["mean_k"]:.2f}' for row in ada]
-    lines.append(['mean k of ada-k', '', *mean_k])
-    return markdown(['10⁻³ nats/token, minus top-k', 'seeds', *columns], lines)
+    lines.append(['mean k of ada-k', *mean_k])
+    return markdown(['10⁻³ nats/token, minus top-k', *columns], lines)
 
 
 def show(columns, path):

@@ -89,8 +89,7 @@ def main(argv):
         if changes.keys() & FITTED:
             of = Study(replace(study.s, **changes), study.folder.with_name(f'recipes-{what}'))
         measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, budget=BUDGET, **changes))
-        row, _ = of.row([measurement])
-        rows.append({'what': what, **row})
+        rows.append({'what': what, **of.row(*measurement)})
         write_json(study.folder / f'{recipes.__name__}.json', {'rows': rows})
     print(recipe_table({'rows': rows}))
     print(f'wrote {study.folder}')

@@ -3,7 +3,6 @@
 A study keeps one file per row and one per set of trained allocators in a folder of its own, so that a second
 start goes on where the first one stopped. The folder belongs to one base model, one text and one recipe.
 """
-import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -57,12 +56,14 @@ class Study:
             if fact not in FREE and old.get(fact) != value:
                 raise InputError(f'{self.folder} was measured with another {fact}: move it away')
         write_json(path, facts)
+        self.of_topk = 0
         self.of_topk, _ = self.measured('top-k', lambda: TopK(self.families.K))      # (n,)
 
     def measured(self, name, policy_of):
-        """(loss (n,), counts (L,k_max+1)) of policy_of() on held-out text, from the folder or now.
+        """(loss minus top-k's (n,) float64, counts (L,k_max+1)) of policy_of() on held-out text.
 
-        With stand-ins fitted for this policy; before and afterwards the model runs with those of the start.
+        From the folder, or measured now, with stand-ins fitted for this policy; before and afterwards the model
+        runs with those of the start.
         """
         path = self.folder / f'{name}.row'
         if not path.exists():
@@ -79,7 +80,7 @@ class Study:
             })
             gathered('written')                                # by rank 0
         tensors, _ = read_safetensors(path)
-        return tensors['loss'].double(), tensors['counts']
+        return tensors['loss'].double().numpy() - self.of_topk, tensors['counts']
 
     def target(self, budget):
         """The mean k of a budget."""
@@ -105,25 +106,15 @@ class Study:
         most = 5 if dialled_to == s.budget else DEAREST        # dialled far, it may need all
         return calibrate(self.model, self.families.windows, policy_of, self.target(dialled_to), most, -most)
 
-    def row(self, measurements):
-        """A row of [(loss, counts), ..], the mean over seeds, and its loss minus that of top-k, (n,) float64.
-
-        The error has two parts: tokens of one document are dependent (clustered), and seeds differ.
-        """
-        losses, counts = zip(*measurements)
-        counts = sum(counts).sum(0)                                         # (k_max+1,)
+    def row(self, delta, counts):
+        """A row of what was `measured`: one seed, and the error of the text alone."""
+        counts = counts.sum(0)                                              # (k_max+1,)
         mean_k = counts @ torch.arange(len(counts)) / counts.sum()
-        delta = (torch.stack(losses) - self.of_topk).numpy()                # (seeds,n)
-        seeds = len(delta)
-        of_seeds = delta.mean(1).std(ddof=1) / seeds ** 0.5 if seeds > 1 else 0.0
-        delta = delta.mean(0)
         return {
-            'seeds': seeds,
             'delta': delta.mean(),
-            'delta_se': math.hypot(self.error(delta), of_seeds),
-            'seed_se': of_seeds,
+            'delta_se': self.error(delta),
             'mean_k': mean_k.item(),
-        }, delta
+        }
 
     def error(self, delta):
         """The standard error of the mean of delta (n,), of held-out text."""

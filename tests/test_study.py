@@ -126,7 +126,7 @@ def test_bases_put_together_what_is_there_and_measure_the_rest(copied, monkeypat
     kept = {row['method']: row for row in base['ways']['kept']['rows']}
     assert set(kept) == {*RULES, 'ada-k'}
     assert kept['random-mix']['mean_k'] == pytest.approx(3, rel=0.05)       # nothing stands in for an expert
-    assert '| seeds | fine, K = 4 |' in capsys.readouterr().out
+    assert '| 10⁻³ nats/token, minus top-k | fine, K = 4 |' in capsys.readouterr().out
 
 
 def test_every_ablation_changes_the_recipe():
