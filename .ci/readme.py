@@ -15,7 +15,7 @@ from run.report import markdown, table as result_rows  # noqa: E402
 from run.speed import speed_table  # noqa: E402
 from study.analysis import findings as analysis  # noqa: E402, F401
 from study.bases import columns  # noqa: E402
-from study.frontier import by_budget, table as policy_table  # noqa: E402
+from study.frontier import table as policy_table  # noqa: E402
 from study.recipes import recipe_table as recipes  # noqa: E402, F401
 from study.study import thousandths  # noqa: E402
 
@@ -40,7 +40,7 @@ def note_of(base):
 
 
 def bases(r):
-    return f'{policy_table(columns(r))}\n\n{note_of(r["deep"])}'
+    return f'{policy_table(columns(r))}\n\n{note_of(r["deep"]["stand-ins"])}'
 
 
 def costs(r):
@@ -62,13 +62,14 @@ def costs(r):
 
 
 def rows_of(base, way):
-    return {row['method']: row for row in base['ways'][way]['rows']}
+    [rows] = base[way]['columns'].values()
+    return rows
 
 
 def frontier(r):
     note = (f'{r["tokens"]:,} held-out tokens of {r["documents"]} files, torch {r["torch"]}; '
             f'± is one standard error.')
-    return f'{policy_table(by_budget(r["rows"]))}\n\n{note}'
+    return f'{policy_table(r["columns"])}\n\n{note}'
 
 
 def tried(r):

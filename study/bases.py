@@ -33,11 +33,12 @@ WAYS = {
 
 
 def columns(results):
-    """{name of a base: {method: row}}."""
-    return {
-        f'{name}, K = {base["K"]}': {row['method']: row for row in base['rows']}
-        for name, base in results.items()
-    }
+    """{name of a base: {method: row}}, with stand-ins."""
+    found = {}
+    for name, ways in results.items():
+        [rows] = ways['stand-ins']['columns'].values()
+        found[f'{name}, K = {ways["stand-ins"]["K"]}'] = rows
+    return found
 
 
 def main(argv):
@@ -47,7 +48,7 @@ def main(argv):
     out = open_out('out/bases', 'bases.json', 'bases.png')
     results = {}
     for name in a.only:
-        of_ways = {}
+        results[name] = {}
         for way, changes in WAYS.items():
             folder = Path(f'out/{name}/bases-{way}')
             done = folder / 'bases.json'
@@ -56,11 +57,7 @@ def main(argv):
                 study = Study(s, folder)
                 learnt = ['soft', 'ada-k'] if way == 'stand-ins' else ['ada-k']
                 write_json(done, measure(study, [s.budget], [*RULES, *learnt]))
-            of_ways[way] = read_json(done)
-        results[name] = {
-            **of_ways['stand-ins'],
-            'ways': of_ways,
-        }
+            results[name][way] = read_json(done)
         write_json(out / 'bases.json', results)
     show(columns(results), out / 'bases.png')
 

@@ -24,21 +24,18 @@ METHODS = *RULES, 'published', 'soft', 'ada-k, dialled', 'ada-k'
 # ================================================================ rows
 
 def measure(study, budgets, methods=METHODS):
-    """What frontier.json holds: a row for every method and budget."""
-    rows = []
-    for b in budgets:
-        rows += rows_at(study, b, methods)
+    """What frontier.json holds: a column for every budget, with a row for every method."""
     return {
         'K': study.families.K,
         'tokens': len(study.of_topk),
         'documents': len(study.windows[2].unique()),
         'torch': torch.__version__,
-        'rows': rows,
+        'columns': {f'{b:g} K': rows_at(study, b, methods) for b in budgets},
     }
 
 
 def rows_at(study, b, methods):
-    """A row of every method that makes sense at a budget of b."""
+    """{method: row} of all that make sense at a budget of b."""
     rows = {}
     deltas = {}                                                # {method: (n,)}, losses minus top-k's
     for method in methods:
@@ -48,7 +45,7 @@ def rows_at(study, b, methods):
             continue                                           # is trained there
         name = f'{method}-{b}-seed{study.s.seed}'
         deltas[method], counts = study.measured(name, lambda: policy_at(study, method, b))
-        rows[method] = {'method': method, 'budget': b, **study.row(deltas[method], counts)}
+        rows[method] = study.row(deltas[method], counts)
     c = study.model.config
     mean_k = study.target(b)
     free = f'skip, {study.families.best_family(mean_k)}'      # chosen on training text
@@ -70,7 +67,7 @@ def rows_at(study, b, methods):
                 'at_equal_flops': at_equal_k + worth * own,
                 'se': study.error(difference),
             }
-    return rows.values()
+    return rows
 
 
 def policy_at(study, method, b):
@@ -84,15 +81,6 @@ def policy_at(study, method, b):
 
 
 # ================================================================ table and figure, of bases.py too
-
-def by_budget(rows):
-    """{name of a budget: {method: row}}."""
-    columns = {}
-    for row in rows:
-        column = columns.setdefault(f'{row["budget"]:g} K', {})
-        column[row['method']] = row
-    return columns
-
 
 def table(columns):
     """{title: {method: row}} -> loss minus top-k in thousandths of a nat per token, and Ada-K's leads."""
@@ -138,7 +126,7 @@ def main(argv):
     study = open_study(parser(__doc__).parse_args(argv), 'frontier', beyond=1)
     results = measure(study, BUDGETS)
     write_json(study.folder / 'frontier.json', results)
-    show(by_budget(results['rows']), study.folder / 'frontier.png')
+    show(results['columns'], study.folder / 'frontier.png')
 
 
 if __name__ == '__main__':

@@ -68,11 +68,11 @@ def published(s):
     }
 
 
-def recipe_table(results):
+def recipe_table(rows):
     """Loss minus top-k of every row of a results file."""
     lines = [
-        [row['what'], thousandths(row), f'{row["mean_k"]:.2f}']
-        for row in results['rows']
+        [what, thousandths(row), f'{row["mean_k"]:.2f}']
+        for what, row in rows.items()
     ]
     return markdown(['recipe', 'minus top-k (10⁻³ nats/token)', 'mean k'], lines)
 
@@ -83,15 +83,15 @@ def main(argv):
     a = p.parse_args(argv)
     study = open_study(a, 'recipes')
     recipes = published if a.published else ablations
-    rows = []
+    rows = {}
     for what, changes in recipes(study.s).items():
         of = study
         if changes.keys() & FITTED:
             of = Study(replace(study.s, **changes), study.folder.with_name(f'recipes-{what}'))
         measurement = of.measured(what, lambda: of.ada_k(what, BUDGET, budget=BUDGET, **changes))
-        rows.append({'what': what, **of.row(*measurement)})
-        write_json(study.folder / f'{recipes.__name__}.json', {'rows': rows})
-    print(recipe_table({'rows': rows}))
+        rows[what] = of.row(*measurement)
+        write_json(study.folder / f'{recipes.__name__}.json', rows)
+    print(recipe_table(rows))
     print(f'wrote {study.folder}')
 
 

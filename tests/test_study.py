@@ -16,7 +16,7 @@ import study.study
 from conftest import refusal
 from hub.files import read_json, write_json
 from study.analysis import CLASSES, findings, token_classes
-from study.frontier import METHODS, RULES, by_budget
+from study.frontier import METHODS, RULES
 from train import PRESETS, Settings
 
 FEWER = dict(ppo_steps=4, warm_steps=2, heldout_tokens=1024)
@@ -79,19 +79,19 @@ def copied(studied, tmp_path):
     return shutil.copytree(studied, tmp_path / 'out/fine')
 
 
-def rows_of(run, name='frontier/frontier'):
-    return read_json(run / f'{name}.json')['rows']
+def columns_of(run):
+    return read_json(run / 'frontier/frontier.json')['columns']
 
 
 def test_frontier_has_every_row_and_adds_up(studied):
-    columns = by_budget(rows_of(studied))
+    columns = columns_of(studied)
     assert set(METHODS) - set(columns['0.75 K']) == {'ada-k, dialled'}      # is trained there
     assert set(METHODS) == set(columns['0.5 K'])
-    for rows in columns.values():
+    for title, rows in columns.items():
         for method in RULES:
-            row = rows[method]
-            target = 4 * (row['budget'] - 1 / 24) / (23 / 24)  # a stand-in costs a 24th of an expert
-            assert row['mean_k'] == pytest.approx(target, rel=0.05)
+            budget = float(title.removesuffix(' K'))
+            target = 4 * (budget - 1 / 24) / (23 / 24)         # a stand-in costs a 24th of an expert
+            assert rows[method]['mean_k'] == pytest.approx(target, rel=0.05)
         ada = rows['ada-k']
         assert ada['best_free']['method'] in RULES             # the best one on training text
         for lead in (ada['best_free'], ada['soft']):
@@ -102,11 +102,11 @@ def test_frontier_has_every_row_and_adds_up(studied):
 
 
 def test_a_second_start_measures_what_is_missing_to_the_same_bits(copied, capsys):
-    before = rows_of(copied)
+    before = columns_of(copied)
     for path in (copied / 'frontier').glob('ada-k-0.5-seed0.*'):
         path.unlink()
     study.frontier.main([str(copied)])
-    assert rows_of(copied) == before
+    assert columns_of(copied) == before
     printed = capsys.readouterr().out
     assert printed.count('training ') == printed.count(' nats at mean k ') == 1
     assert '| ada-k |' in printed
@@ -114,7 +114,7 @@ def test_a_second_start_measures_what_is_missing_to_the_same_bits(copied, capsys
 
 def test_bases_put_together_what_is_there_and_measure_the_rest(copied, monkeypatch, capsys):
     there = read_json(copied / 'frontier/frontier.json')
-    there['rows'] = [row for row in there['rows'] if row['budget'] == 0.75]
+    del there['columns']['0.5 K']
     for way in ('published', 'stand-ins', 'beyond'):
         (copied / f'bases-{way}').mkdir()
         write_json(copied / f'bases-{way}/bases.json', there)
@@ -122,8 +122,8 @@ def test_bases_put_together_what_is_there_and_measure_the_rest(copied, monkeypat
     monkeypatch.chdir(copied.parent.parent)
     study.bases.main(['--only', 'fine'])
     base = read_json(Path('out/bases/bases.json'))['fine']
-    assert base['rows'] == base['ways']['published']['rows'] == there['rows']
-    kept = {row['method']: row for row in base['ways']['kept']['rows']}
+    assert base['stand-ins'] == base['published'] == there
+    kept = base['kept']['columns']['0.75 K']
     assert set(kept) == {*RULES, 'ada-k'}
     assert kept['random-mix']['mean_k'] == pytest.approx(3, rel=0.05)       # nothing stands in for an expert
     assert '| 10⁻³ nats/token, minus top-k | fine, K = 4 |' in capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_every_ablation_changes_the_recipe():
 
 def test_the_published_recipe_has_a_row_of_each_length(copied):
     study.recipes.main([str(copied), '--published'])
-    assert [row['what'] for row in rows_of(copied, 'recipes/published')] == [
+    assert list(read_json(copied / 'recipes/published.json')) == [
         'the default',
         'published, as long',
         'published, as long, its step in logits',
