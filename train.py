@@ -33,7 +33,7 @@ from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, model_flags, one_line_errors,
                          open_device)
 from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
-from run.ranks import average_gradients, averaged, check_ranks, gathered, join, my_rank, n_ranks
+from run.ranks import average_gradients, averaged, check_ranks, gathered, my_rank, n_ranks
 from run.report import tell, training_figure, write_log
 from run.standins import refit, target_k
 from run.start import new_allocators, prepare
@@ -249,7 +249,6 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
 
 def main(argv=None):
     s = parse(argv)
-    join(s.device)
     check_ranks(s)
     with open_run(s.out) as out:
         run(s, out)
@@ -318,7 +317,7 @@ def run(s, out):
 # ================================================================ command line
 
 def parse(argv, doc=__doc__):
-    """Command line -> Settings: the preset's values, then --paper's, then what was given."""
+    """Command line -> Settings: the preset's values, then --paper's, then what was given; joins the ranks."""
     p = OneLineParser(doc, argument_default=argparse.SUPPRESS)
     p.add_argument('--preset', choices=PRESETS, default='deep', help='default deep')
     p.add_argument('--out', help='run folder (default out/PRESET)')
@@ -346,7 +345,8 @@ def parse(argv, doc=__doc__):
         given['price'] = None                                  # the published recipe at a wanted budget
     s = Settings(**{**PRESETS[given['preset']], **recipe, **given})
     check_settings(s)
-    s.device = open_device(given.get('device'), s.ckpt)
+    s.device = given.get('device')
+    open_device(s)
     if s.stream and s.device != 'cpu' and 'ppo_batch' not in given:
         # as many tokens as hide the transfer time of the weights
         s.ppo_batch = max(1, Streamed.tokens_per_visit // ((1 + s.group) * s.seq))

@@ -31,19 +31,15 @@ def model_flags(p):
     p.add_argument('--stream', action='store_true', help='two layers on the device, the others on the host')
 
 
-def open_model_flags(a):
-    """Open the device that they name, a.device, and meet the other ranks."""
-    a.device = open_device(a.device, a.ckpt)
-    join(a.device)
+def open_device(a):
+    """Open a.device, the device of this process, under torchrun its own GPU, and meet the other ranks.
 
-
-def open_device(name, ckpt):
-    """The device of this process, under torchrun its own GPU; InputError unless torch can compute there.
-
-    None: where real weights go. Small models are as fast on a CPU, and the same everywhere.
+    None: where real weights go. Small models are as fast on a CPU, and the same everywhere. InputError unless
+    torch can compute there.
     """
+    name = a.device
     if name is None:
-        name = 'cuda' if ckpt and torch.cuda.is_available() else 'cpu'
+        name = 'cuda' if a.ckpt and torch.cuda.is_available() else 'cpu'
     if name.startswith('cuda') and 'LOCAL_RANK' in os.environ:
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
@@ -52,7 +48,8 @@ def open_device(name, ckpt):
         torch.ones(1, device=name).item()
     except Exception as e:                                     # torch raises many kinds here
         raise InputError(f'--device {name}: {str(e).splitlines()[0]}') from None
-    return name
+    a.device = name
+    join(name)
 
 
 def open_out(name, *files):
