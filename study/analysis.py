@@ -7,7 +7,7 @@ from keyword import kwlist
 
 import numpy as np
 
-import run.standins as standins
+from run import standins
 from allocator import Watched
 from hub.files import write_json
 from run.console import one_line_errors

@@ -7,6 +7,7 @@ The page needs no network and computes nothing: the passage is read here under e
 and the page looks up what the model did. explore.html beside this file is its template.
 """
 import base64
+import collections
 import json
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo
-import run.standins as standins
+from run import standins
 from allocator import AdaK, Counted, RandomMix, TopK, TopP, Watched, find_knob
 from base.documents import read_documents, split_documents
 from base.frozen import load_model
@@ -55,38 +56,35 @@ def explore(model, tokenizer, ids, T, allocators):
 
         A token's loss is that of predicting the token behind it; the last one has none.
         """
-        decisions = []                                         # (x, probs, k) of every layer
-        watched = Watched(policy, lambda layer, *seen: decisions.append([t[:n] for t in seen]))
+        tally = Counted(policy, model)
+        by_layer = collections.defaultdict(list)               # {what is shown: [a tensor of each layer]}
+
+        def look(layer, *seen):
+            x, probs, k = [t[:n] for t in seen]                # without the padding
+            tally.count(layer, x, probs, k)
+            by_layer['k'].append(k)                                         # (n,)
+            if isinstance(policy, AdaK):
+                choices = F.linear(allocators.raw(x, probs), *policy.maps[layer]).softmax(-1)
+                by_layer['choices'].append(100 * choices)                   # (n,k_max)
+            if isinstance(policy, TopK):
+                largest = probs.topk(min(SHOWN, config.n_experts)).values
+                by_layer['router'].append(100 * largest)                    # (n,SHOWN)
         torch.manual_seed(0)                                   # for the policy that draws
-        states = model.hidden(windows, watched).flatten(0, 1)[:n]           # (n,C)
-        xs, probs, ks = zip(*decisions)
-        k = torch.stack(ks)                                                 # (L,n)
+        states = model.hidden(windows, Watched(policy, look)).flatten(0, 1)[:n]             # (n,C)
         logits = model.lm_head(states).float()                              # (n,V)
         losses = -ppo.next_token_logp(logits[:-1], ids[1:])                 # (n-1,)
         best, guesses = logits.softmax(-1).topk(SHOWN)                      # (n,SHOWN) both
-        tally = Counted(policy, model)
-        tally.counts.scatter_add_(1, k, torch.ones_like(k))
-        shown = {
+        return {
             **flops_shares(model, tally, T),
             'loss': losses.mean().item(),
-            'k': packed(k),
             'losses': [round(loss, 4) for loss in losses.tolist()],
             'guesses': [
                 [tokenizer.decode([i]) for i in of_token]
                 for of_token in guesses.tolist()
             ],
             'sure': packed(100 * best),
+            **{what: packed(torch.stack(of_layers)) for what, of_layers in by_layer.items()},
         }
-        if isinstance(policy, AdaK):
-            choices = [
-                F.linear(allocators.raw(x, p), *of_layer).softmax(-1)
-                for x, p, of_layer in zip(xs, probs, policy.maps)
-            ]
-            shown['choices'] = packed(100 * torch.stack(choices))           # (L,n,k_max)
-        if isinstance(policy, TopK):
-            largest = torch.stack(probs).topk(min(SHOWN, config.n_experts)).values
-            shown['router'] = packed(100 * largest)                         # (L,n,SHOWN)
-        return shown
 
     families = SkipFamilies(model, [windows])
     dials = {                   # the policy of a knob, the knobs of 1 expert and of all that it may run

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import torch
 
-import run.standins as standins
+from run import standins
 from allocator import Counted
 from base.frozen import load_model
 from hub.files import InputError
