@@ -122,9 +122,9 @@ class Progress:
             line += f'  {tokens / seconds:,.0f} tok/s'
         line += f'  {left // 60:.0f}:{left % 60:02.0f} left'
         if terminal:
-            line = f'\r\x1b[K{line}'                           # over the line before
+            line = f'\r\x1b[K{line}'                           # over the line before; \r shows it at once
         end = '' if terminal and step < steps else '\n'
-        print(line, end=end, flush=True, file=sys.stderr)
+        print(line, end=end, file=sys.stderr)
 
 
 def one_line_errors(script, main, argv=None):
