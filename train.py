@@ -33,7 +33,7 @@ from run.compare import compare
 from run.console import (OneLineParser, Progress, check_budget, check_settings, model_flags, one_line_errors,
                          open_device)
 from run.evaluate import bits_per_byte, calibrate, effective_documents, rewards_under
-from run.ranks import average_gradients, averaged, check_ranks, gathered, my_rank, n_ranks
+from run.ranks import average_gradients, averaged, gathered, my_rank, n_ranks
 from run.report import tell, training_figure, write_log
 from run.standins import refit, target_k
 from run.start import new_allocators, prepare
@@ -249,7 +249,6 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
 
 def main(argv=None):
     s = parse(argv)
-    check_ranks(s)
     with open_run(s.out) as out:
         run(s, out)
 

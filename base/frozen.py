@@ -17,7 +17,6 @@ from scale.memory import check_memory, working_bytes
 from scale.shard import shard
 from scale.stream import stream
 
-TRAINING = 'n_vocab', 'seq', 'base_steps'        # beside SIZES, what a base depends on
 BASE_FILES = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'recipe.json'}
 
 
@@ -26,12 +25,16 @@ def base_model(s, out):
 
     texts: the train and the held-out split as Text; digest: of hub/checkpoint.py:base_digest. InputError if
     the base that is there was learnt with other settings or text, is not this program's, or does not fit the
-    text.
+    text, or if several ranks cannot share a batch of it evenly.
     """
+    size = n_ranks()
+    if s.ppo_batch % size:
+        raise InputError(f'--ppo-batch {s.ppo_batch}: {size} ranks cannot take as many sequences each')
     documents = read_documents(s.data, s.documents, s.prose)
     train, _, heldout = split_documents(documents)
-    settings = {name: getattr(s, name) for name in SIZES + TRAINING}
-    recipe = {'text': text_digest(documents), **settings}
+    recipe = {'text': text_digest(documents)}                  # what a base depends on
+    for name in *SIZES, 'n_vocab', 'seq', 'base_steps':
+        recipe[name] = getattr(s, name)
     folder = base_folder(s, out)
     learn = not s.ckpt and not is_there(folder, recipe, s.fresh)
     place = learn_tokenizer(folder, train, s.n_vocab) if learn else folder
@@ -52,7 +55,7 @@ def base_model(s, out):
         raise InputError(f'{folder}: the tokenizer gives id {largest}, '
                          f'the model has only {model.config.n_vocab} tokens')
     with torch.no_grad():
-        inputs, _, _ = train.windows(limit=1)
+        inputs = train.windows(limit=1)[0]                                  # (1,T)
         logits = model(inputs.to(model.device))                             # (1,T,V)
     if not logits.isfinite().all():
         raise InputError(f'{folder}: the base model gives NaN on ordinary text')

@@ -5,26 +5,23 @@ does nothing.
 """
 import os
 import sys
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from hub.files import InputError
 
-PATIENCE = timedelta(minutes=10)        # with a rank that does not come, or does not answer
-
 
 def join(device):
     """Under torchrun: meet the other ranks, each on its device (run/console.py:open_device).
 
-    InputError if they do not come.
+    InputError if they do not come. torch waits 10 minutes (nccl) or 30 (gloo) for them, then and later.
     """
     if os.environ.get('WORLD_SIZE', '') in ('', '1'):
         return
-    backend = 'nccl' if device.startswith('cuda') else 'gloo'
+    backend = dist.get_default_backend_for_device(device)
     print(f'waiting for the other ranks, {os.environ["WORLD_SIZE"]} in all', file=sys.stderr)
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend)
     except (ValueError, RuntimeError) as e:
         raise InputError(f'the ranks do not meet: {str(e).splitlines()[0]}') from None
     if dist.get_rank():
@@ -60,12 +57,6 @@ def gathered(value):
     return values
 
 
-def check_ranks(s):
-    """InputError unless the ranks can share a batch evenly."""
-    if s.ppo_batch % n_ranks():
-        raise InputError(f'--ppo-batch {s.ppo_batch}: {n_ranks()} ranks cannot take as many sequences each')
-
-
 def averaged(numbers):
     """{name: number}, each the mean over the ranks."""
     everyone = gathered(numbers)
@@ -77,4 +68,4 @@ def average_gradients(parameters):
     for p in parameters:
         if dist.is_initialized() and p.grad is not None:
             dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+            p.grad /= n_ranks()

@@ -16,7 +16,7 @@ from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
 from run.console import OneLineParser, model_flags, open_device, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
-from run.ranks import check_ranks, gathered
+from run.ranks import gathered
 from run.start import new_allocators, prepare
 from study.policies import soft_step
 from train import PAPER, ppo_step, settings_of, train_ppo
@@ -37,7 +37,6 @@ class Study:
     """
 
     def __init__(self, s, folder):
-        check_ranks(s)
         self.s = s
         there = [path.name for path in folder.glob('*')]
         self.folder = open_out(folder, *there)
