@@ -16,15 +16,16 @@ def join(device):
 
     InputError if they do not come. torch waits 10 minutes (nccl) or 30 (gloo) for them, then and later.
     """
-    if os.environ.get('WORLD_SIZE', '') in ('', '1'):
+    size = os.environ.get('WORLD_SIZE') or '1'
+    if size == '1':
         return
     backend = dist.get_default_backend_for_device(device)
-    print(f'waiting for the other ranks, {os.environ["WORLD_SIZE"]} in all', file=sys.stderr)
+    print(f'waiting for the other ranks, {size} in all', file=sys.stderr)
     try:
         dist.init_process_group(backend)
     except (ValueError, RuntimeError) as e:
         raise InputError(f'the ranks do not meet: {str(e).splitlines()[0]}') from None
-    if dist.get_rank():
+    if my_rank():
         sys.stdout = open(os.devnull, 'w')
 
 
