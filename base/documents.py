@@ -29,17 +29,17 @@ PIECE = 65536           # characters
 LEAST_PROSE = 200       # characters of a document of prose
 
 
-def read_documents(source, most, prose=False):
-    """Read the {name: text} of a file or a folder of .txt, .jsonl and .py files, at most `most` of them.
+def read_documents(s):
+    """Read the {name: text} of s.data, a file or folder of .txt, .jsonl and .py files: s.documents at most.
 
-    source '' is the standard library without its tests. prose: of .py files only the docstrings and comments,
-    where there are LEAST_PROSE characters of them. InputError names what cannot be read.
+    s.data '' is the standard library without its tests. With s.prose only the docstrings and comments of .py
+    files, where there are LEAST_PROSE characters of them. InputError names what cannot be read.
     """
-    root = Path(source or sysconfig.get_path('stdlib'))
-    found = documents_of(files_of(root, source), root, prose)
-    documents = {name: re.sub(SURROGATES, '\ufffd', text) for name, text in itertools.islice(found, most)}
+    root = Path(s.data or sysconfig.get_path('stdlib'))
+    found = itertools.islice(documents_of(files_of(root, s.data), root, s.prose), s.documents)
+    documents = {name: re.sub(SURROGATES, '\ufffd', text) for name, text in found}
     damaged = sum('\ufffd' in text for text in documents.values())
-    if damaged and source:
+    if damaged and s.data:
         print(f'text: {damaged} documents hold U+FFFD, or what is no UTF-8 and becomes it', file=sys.stderr)
     return documents
 

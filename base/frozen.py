@@ -30,7 +30,7 @@ def base_model(s, out):
     size = n_ranks()
     if s.ppo_batch % size:
         raise InputError(f'--ppo-batch {s.ppo_batch}: {size} ranks cannot take as many sequences each')
-    documents = read_documents(s.data, s.documents, s.prose)
+    documents = read_documents(s)
     train, _, heldout = split_documents(documents)
     recipe = {'text': text_digest(documents)}                  # what a base depends on
     for name in *SIZES, 'n_vocab', 'seq', 'base_steps':

@@ -122,7 +122,7 @@ def passage_of(a, s, tokenizer):
         return tokenizer.encode(a.prompt)
     if a.text:
         return tokenizer.encode(Path(a.text).read_text('utf-8-sig', 'replace'))
-    documents = read_documents(s.data, s.documents, s.prose)
+    documents = read_documents(s)
     heldout = split_documents(documents)[2]
     return tokenizer.encode(max(heldout, key=len))[:LONGEST // 2]           # fits on a screen
 

@@ -6,9 +6,10 @@ import os
 import shutil
 import socket
 import sys
-from functools import cache, partial
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,10 +79,13 @@ def one_library():
     """The standard library, the text of most runs, is read once."""
     import base.frozen
     read = base.frozen.read_documents
-    library = cache(partial(read, ''))
 
-    def read_once(data, *how):
-        return read(data, *how) if data else library(*how)
+    @cache
+    def library(documents, prose):
+        return read(SimpleNamespace(data='', documents=documents, prose=prose))
+
+    def read_once(s):
+        return read(s) if s.data else library(s.documents, s.prose)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base.frozen, 'read_documents', read_once)
         yield

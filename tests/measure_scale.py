@@ -46,7 +46,7 @@ def make(folder):
         top_k=2,
     )
     save(new_model(c).to(torch.bfloat16), folder)
-    merges = learn_bpe(split_documents(read_documents('', 60))[0], c.n_vocab - 1)
+    merges = learn_bpe(split_documents(read_documents(train.Settings(documents=60)))[0], c.n_vocab - 1)
     write_json(folder / 'tokenizer.json', tokenizer_json(merges))
 
 

@@ -80,12 +80,12 @@ def test_prose_documents_are_those_with_enough_of_it(tmp_path):
     (tmp_path / 'much.py').write_text(f'x = 1  # {much}\n')
     (tmp_path / 'little.py').write_text('x = 1  # one\n')
     (tmp_path / 'text.txt').write_text('a text')
-    found = read_documents(tmp_path, 99, prose=True)
+    found = read_documents(train.Settings(data=tmp_path, prose=True))
     assert found == {'much.py': much.strip(), 'text.txt': 'a text'}
 
 
 def test_the_default_text_is_the_standard_library_without_tests_and_tables():
-    parts = {part for name in read_documents('', 10 ** 9) for part in name.split('/')}
+    parts = {part for name in read_documents(train.Settings()) for part in name.split('/')}
     assert {'argparse.py', 'json', 'email'} <= parts
     assert not {'encodings', 'pydoc_data', 'test', 'tests', 'site-packages'} & parts
 

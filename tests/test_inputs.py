@@ -12,6 +12,7 @@ from base.text import tokenize
 from conftest import ROOT
 from hub.files import InputError
 from run.console import one_line_errors
+from train import Settings
 
 
 # ---------------------------------------------------------------- how much text there is
@@ -44,7 +45,7 @@ def test_enough_text_gives_full_batches_at_whatever_offset():
 def texts_of(path, raw):
     """The documents of a file of these bytes."""
     path.write_bytes(raw)
-    return list(read_documents(path, 100).values())
+    return list(read_documents(Settings(data=path)).values())
 
 
 @pytest.mark.parametrize('name, text, wanted', [
@@ -105,7 +106,7 @@ def write_texts(folder, *names):
 def test_links_are_followed_and_folders_read_once(link, target, names, tmp_path):
     write_texts(tmp_path, 'data/a/x.txt', 'other/y.txt')
     (tmp_path / 'data' / link).symlink_to(tmp_path / target)
-    assert list(read_documents(tmp_path / 'data', 100)) == names
+    assert list(read_documents(Settings(data=tmp_path / 'data'))) == names
 
 
 def test_one_line_says_what_is_left_out(tmp_path, monkeypatch, capsys):
@@ -118,7 +119,7 @@ def test_one_line_says_what_is_left_out(tmp_path, monkeypatch, capsys):
             raise PermissionError
         return listed(path)
     monkeypatch.setattr(Path, 'iterdir', iterdir)
-    assert list(read_documents(tmp_path, 100)) == ['a/x.txt']
+    assert list(read_documents(Settings(data=tmp_path))) == ['a/x.txt']
     assert capsys.readouterr().err == (
         f'text: left out: 2 copies of macOS or Jupyter, such as {tmp_path}/._x.txt; '
         f'2 files of other kinds, or links that lead nowhere or back, such as {tmp_path}/gone.txt; '
@@ -127,7 +128,7 @@ def test_one_line_says_what_is_left_out(tmp_path, monkeypatch, capsys):
 
 def test_no_more_is_read_than_is_used(tmp_path):
     (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n' * 3 + '{')
-    assert len(read_documents(tmp_path, 3)) == 3
+    assert len(read_documents(Settings(data=tmp_path, documents=3))) == 3
 
 
 # ---------------------------------------------------------------- the streams and the environment
