@@ -19,7 +19,7 @@ from hub.plug import attach
 from model import Transformer, generate
 from run.report import markdown
 from run.standins import StandIns, blocks, default_rank, rank_in
-from run.timing import interleaved, summary
+from run.timing import interleaved
 from scale.graph import graph_decoder
 
 CHOICES = 'top-k', 'fewer'                  # numbers of experts
@@ -36,10 +36,12 @@ def pairs(about, paths, batches):
     for choice, batch in batches.items():
         for path, run in paths.items():
             cases[path, choice] = partial(run, *batch)
-    rows = {path: {**about, 'path': path} for path in paths}
-    for (path, choice), times in interleaved(cases).items():
-        rows[path][choice] = summary(times)
-    return list(rows.values())
+    times = interleaved(cases)
+    rows = []
+    for path in paths:
+        of_path = {choice: times[path, choice] for choice in batches}
+        rows.append({**about, 'path': path, **of_path})
+    return rows
 
 
 # ================================================================ transformers over our weights

@@ -10,9 +10,10 @@ ROUNDS = 7      # in which every case is timed once
 
 
 def interleaved(cases):
-    """{name: [seconds, ..]} of callables {name: run}, in turn in every round, behind one that warms up.
+    """{name: median 'ms' and quartiles 'low', 'high'} in milliseconds, of callables {name: run}.
 
-    Every second round runs backwards, as a case may profit from what another leaves in the caches.
+    All run in turn in every round, behind one that warms up. Every second round runs backwards, as a case may
+    profit from what another leaves in the caches.
     """
     times = {name: [] for name in cases}
     order = list(cases.items())
@@ -21,15 +22,12 @@ def interleaved(cases):
             start = timer()
             run()
             if r > 0:
-                times[name].append(timer() - start)
+                times[name].append(1000 * (timer() - start))
         order.reverse()
+    for name, ms in times.items():                             # the summary takes the place of the times
+        low, middle, high = statistics.quantiles(ms, n=4)
+        times[name] = {'ms': middle, 'low': low, 'high': high}
     return times
-
-
-def summary(times):
-    """Median and quartiles in milliseconds of two or more times in seconds."""
-    low, middle, high = statistics.quantiles([1000 * t for t in times], n=4)
-    return {'ms': middle, 'low': low, 'high': high}
 
 
 def machine(device):
@@ -50,4 +48,4 @@ def rates(device):
         cases[dtype] = partial(torch.mm, x, x)
         work[dtype] = 2 * m ** 3
     times = interleaved(cases)
-    return {name: work[name] / min(times[name]) for name in cases}
+    return {name: 1000 * work[name] / times[name]['low'] for name in cases}

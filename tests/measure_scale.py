@@ -25,7 +25,7 @@ from hub.checkpoint import CHECKPOINTS, load, save  # noqa: E402
 from hub.files import write_json  # noqa: E402
 from model import Config  # noqa: E402
 from run.report import markdown  # noqa: E402
-from run.timing import interleaved, summary  # noqa: E402
+from run.timing import interleaved  # noqa: E402
 from scale.plan import GPUS, plan, plan_table  # noqa: E402
 from scale.stream import stream  # noqa: E402
 
@@ -63,9 +63,7 @@ def measure_stream(folder):
             'resident': lambda: resident.hidden(tokens),
             'streamed': lambda: streamed.hidden(tokens),
         }
-        rows.append({'tokens': tokens.numel()})
-        for name, times in interleaved(cases).items():
-            rows[-1][name] = summary(times)
+        rows.append({'tokens': tokens.numel(), **interleaved(cases)})
     limit = int(3.5e9)
     out = folder / 'limited'
     subprocess.run(
