@@ -92,24 +92,9 @@ def limit(x, ids, weights, k, w_in, w_out, matmul, copy):
     return 1000 * max(flops / matmul, n_bytes / copy)
 
 
-def dispatch_rows(name, stage, layer, T, matmul, copy):
-    """One row per path that runs T tokens through the experts of a layer."""
-    batches = {choice: routed(layer, T, choice) for choice in CHOICES}
-    x, _, _, k, w_in, _ = batches['fewer']
-    about = {
-        'name': name,
-        'stage': stage,
-        'default': moe_dispatch.path_of(T, w_in).__name__,
-        'limit_ms': {choice: limit(*batch, matmul, copy) for choice, batch in batches.items()},
-        'k_share': k.float().mean().item() / layer.weighting.top_k,
-    }
-    paths = {path.__name__: path for path in paths_for(x)}
-    return pairs(about, paths, batches)
-
-
 @torch.no_grad()
 def dispatch_table(device, reached):
-    """The rows of every shape, dtype and number of tokens."""
+    """Of every shape, dtype and number of tokens T, one row per path that runs them through the experts."""
     rows = []
     for shape, (C, width, N, K, prefill) in SHAPES[device.type].items():
         config = Config(n_layers=1, dim=C, expert_dim=width, n_experts=N, top_k=K)
@@ -117,7 +102,20 @@ def dispatch_table(device, reached):
         for dtype in DTYPES[device.type]:
             layer = model.to(device, getattr(torch, dtype)).layers[0].mlp
             for stage, T in (f'prefill {prefill}', prefill), ('batch 8', 8), ('batch 1', 1):
-                rows += dispatch_rows(f'{shape}, {dtype}', stage, layer, T, reached[dtype], reached['copy'])
+                batches = {choice: routed(layer, T, choice) for choice in CHOICES}
+                x, _, _, k, _, _ = batches['fewer']
+                about = {
+                    'name': f'{shape}, {dtype}',
+                    'stage': stage,
+                    'default': moe_dispatch.path_of(T, layer.w_in).__name__,
+                    'limit_ms': {
+                        choice: limit(*batch, reached[dtype], reached['copy'])
+                        for choice, batch in batches.items()
+                    },
+                    'k_share': k.float().mean().item() / K,
+                }
+                paths = {path.__name__: path for path in paths_for(x)}
+                rows += pairs(about, paths, batches)
     return rows
 
 
