@@ -158,7 +158,6 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
     adv = adv.flatten()                                                     # (G*P,) the same for all layers
 
     # update (eq. 7, 8, 10, 11), layer by layer: the language model is not run again
-    of_rollout = {'reward': reward[1:].mean().item(), 'adv_std': adv.std().item()}
     for _ in range(s.epochs):
         optimizer.zero_grad()
         stats = []
@@ -169,13 +168,15 @@ def ppo_step(s, step, model, allocators, optimizer, batch, noise, price, entropy
             (loss / len(rollout.drawn)).backward()
             of_layer['argmax_k'] = (1 + logits.argmax(-1)).float().mean()
             stats.append(of_layer)
-        row = {name: torch.stack([of_layer[name] for of_layer in stats]).mean().item() for name in stats[0]}
-        row = averaged({**row, **of_rollout})
-        if not math.isfinite(row['loss']):
-            raise InputError(f'ppo: the loss is {row["loss"]} at step {step}: a NaN in the base model, or an '
-                             f'absurd --price?')
         average_gradients(allocators.parameters())
         optimizer.step()
+
+    # of the last epoch
+    row = {name: torch.stack([of_layer[name] for of_layer in stats]).mean().item() for name in stats[0]}
+    row = averaged({**row, 'reward': reward[1:].mean().item(), 'adv_std': adv.std().item()})
+    if not math.isfinite(row['loss']):
+        raise InputError(f'ppo: the loss is {row["loss"]} at step {step}: a NaN in the base model, or an '
+                         f'absurd --price?')
     return {'step': step, 'price': price, **row}
 
 
