@@ -72,19 +72,11 @@ class RMSNorm(nn.RMSNorm):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(config, T, device, dtype):
-    """cos and sin (T,D) of the rotary angles of T positions, sin signed for `rotate`; computed in fp32."""
-    D = config.head_dim
-    pairs = torch.arange(0, D, 2, device=device).float()                    # (D/2,)
-    frequency = 1 / config.rope_theta ** (pairs / D)                        # (D/2,)
-    positions = torch.arange(T, device=device)                              # (T,)
-    angle = positions[:, None] * frequency                                  # (T,D/2)
-    angle = torch.cat([-angle, angle], dim=-1)                              # (T,D)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def rotate(x, cos, sin):
-    """Rotary positions on x (B,H,T,D): channel i of the first half turns with channel i of the second."""
+    """Rotary positions on x (B,H,T,D): channel i of the first half turns with channel i of the second.
+
+    cos and sin (T,D), as Transformer.positions makes them.
+    """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
@@ -231,8 +223,18 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def positions(self, T):
-        """(cos, sin), (T,D) each, of the first T tokens of a text, and their mask: None, plain causal."""
-        return rope_table(self.config, T, self.device, self.dtype), None
+        """(cos, sin), (T,D) each, of the first T tokens of a text, and their mask: None, plain causal.
+
+        Of the rotary angles, computed in fp32; the signs of sin are those that `rotate` wants.
+        """
+        D = self.config.head_dim
+        pairs = torch.arange(0, D, 2, device=self.device).float()           # (D/2,)
+        frequency = 1 / self.config.rope_theta ** (pairs / D)               # (D/2,)
+        places = torch.arange(T, device=self.device)                        # (T,)
+        angle = places[:, None] * frequency                                 # (T,D/2)
+        angle = torch.cat([-angle, angle], dim=-1)                          # (T,D)
+        rope = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        return rope, None
 
     def hidden(self, tokens, choose_k=None, cache=None):
         """The last hidden states (B,T,C), for the head. Arguments as in `forward`."""

@@ -178,7 +178,9 @@ def moe(x, ids, weights, k, w_in, w_out):
     AssertionErrors name what breaks this contract; only moe_exact looks at the values of k and ids.
     """
     P = len(x)
-    lengths = {len(t) for t in (x, ids, weights, k) if t is not None}
+    if k is None:
+        k = torch.full((P,), ids.shape[1], device=x.device)
+    lengths = {len(t) for t in (x, ids, weights, k)}
     assert len(lengths) == 1, f'x, ids, weights, k are of {lengths} tokens'
     if P == 0:
         return torch.zeros_like(x)
@@ -186,8 +188,6 @@ def moe(x, ids, weights, k, w_in, w_out):
         warnings.warn(f'grouped matmuls in {x.dtype} are a loop with host syncs on this GPU: correct, but '
                       f'slow; the fast kernel wants bfloat16 and compute capability 9.x or 10.x')
     path = path_of(P, w_in)
-    if k is None and path is not cpu.moe_few:
-        k = torch.full((P,), ids.shape[1], device=x.device)
     return path(x, ids, weights, k, w_in, w_out)
 
 

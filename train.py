@@ -208,8 +208,8 @@ def rollout_reward(s, model, inputs, targets, rollout):
     return reward.unflatten(1, inputs.shape)
 
 
-def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_step=ppo_step):
-    """PPO from a first price. Appends one dict per step to `log`; changes `allocators` in place.
+def train_ppo(s, model, allocators, first, text, state=None, facts={}, one_step=ppo_step):
+    """PPO from a first price -> its log, one dict per step; changes `allocators` in place.
 
     state: a file that holds the run's state after every s.save_every steps and on an interrupt, for --resume;
     facts: what it depends on (run/state.py). one_step: ppo_step, or another with its arguments.
@@ -219,8 +219,9 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
     batches = text.batches(s.ppo_batch, s.seed + 1)
     generator = torch.Generator(s.device).manual_seed(s.seed)
     optimizer = torch.optim.AdamW(allocators.parameters(), s.ppo_lr, weight_decay=s.weight_decay)
+    log = []
     if s.resume:
-        log += load_state(state, facts, allocators, optimizer, generator)
+        log = load_state(state, facts, allocators, optimizer, generator)
         for _ in log:                                          # these batches are done
             next(batches)
         print(f'resumed after step {len(log)} of {s.ppo_steps}')
@@ -244,6 +245,7 @@ def train_ppo(s, model, allocators, first, text, log, state=None, facts={}, one_
                 save_state(state, facts, allocators, optimizer, generator, log)
             if stop:
                 raise KeyboardInterrupt
+    return log
 
 
 # ================================================================ the whole run
@@ -274,12 +276,11 @@ def run(s, out):
     allocators, price = new_allocators(s, model, text, families)
     print(f'allocators: {allocators.n_params():,} trained parameters')
     lap('warm')
-    log = []
     facts = {**in_state(s), 'base': digest, 'length of the text': len(text.tokens)}
     state = out / 'state.pt'
     if state.exists() and not s.resume:
         print(f'{state} is of an interrupted run; --resume would go on with it, this run starts anew')
-    train_ppo(s, model, allocators, price, text, log, state, facts)
+    log = train_ppo(s, model, allocators, price, text, state, facts)
     lap('ppo')
 
     # evaluation

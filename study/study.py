@@ -97,7 +97,7 @@ class Study:
             print(f'training {path.stem}')
             allocators, price = new_allocators(s, self.model, self.text, self.families)
             one_step = soft_step if kind == 'soft' else ppo_step
-            train_ppo(s, self.model, allocators, price, self.text, log=[], one_step=one_step)
+            train_ppo(s, self.model, allocators, price, self.text, one_step=one_step)
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)

@@ -61,7 +61,7 @@ def test_learning_without_rl_follows_the_price(price, least, most):
     allocators = Allocators(model.config, 4, True)
     allocators.bias.data[:, 2] = 0.5                           # starts at k = 3
     s = Settings(seq=16, ppo_batch=4, ppo_steps=20, **SOFT)
-    train_ppo(s, model, allocators, price, random_text(4000), log=[], one_step=soft_step)
+    train_ppo(s, model, allocators, price, random_text(4000), one_step=soft_step)
     [(_, tally)] = evaluate(model, random_text(600).windows(600), [AdaK(allocators)])
     assert least <= tally.mean() <= most
 
@@ -97,8 +97,7 @@ def test_the_first_step_keeps_the_start_however_many_experts(N, K):
     text = random_text(8000)
     families = SkipFamilies(model, text.windows(2048))
     allocators, price = new_allocators(s, model, text, families)
-    log = []
-    train_ppo(s, model, allocators, price, text, log)
+    log = train_ppo(s, model, allocators, price, text)
     assert 0 < log[0]['approx_kl'] < 0.05
 
 
