@@ -27,7 +27,7 @@ from base.frozen import base_model
 from base.pretrain import new_model
 from hub.files import write_json
 from model import Config
-from run.console import OneLineParser, model_flags, one_line_errors, open_device, open_out
+from run.console import OneLineParser, model_flags, one_line_errors, open_out
 from run.evaluate import calibrate
 from run.experts_cpu import FEW_TOKENS, moe_few
 from run.speed import CHOICES, pairs, speed_table, whole_rows
@@ -171,12 +171,11 @@ def main(argv=None):
     model_flags(p)
     p.add_argument('--out', help='folder of bench.json (default: RUN, or out)')
     a = p.parse_args(argv)
-    open_device(a)
     s = settings_of(a, seq=512)                                # refuses a run that is not one
     out = open_out(a.out or a.run or 'out', 'bench.json')
     start = time.monotonic()
     torch.manual_seed(0)
-    device = torch.device(a.device)
+    device = torch.device(s.device)
     reached = rates(device)
     dispatch = []
     if a.run or a.ckpt:

@@ -359,7 +359,11 @@ def parse(argv, doc=__doc__):
 # ================================================================ for the programs that open a finished run
 
 def settings_of(a, **others):
-    """The Settings of the finished run a.run, or of `others`; device, stream, ckpt of the command line a."""
+    """The Settings of the finished run a.run, or of `others`; device, stream, ckpt of the command line a.
+
+    Opens that device and meets the other ranks.
+    """
+    open_device(a)
     s = Settings(**others)
     if a.run:
         path = Path(a.run) / 'results.json'

@@ -13,7 +13,6 @@ from base.frozen import base_folder
 from hub.checkpoint import base_digest
 from hub.config import read_config
 from hub.files import InputError
-from run.console import open_device
 from run.state import trained_policy
 from train import settings_of
 
@@ -84,9 +83,8 @@ def policy_flags(p):
 def open_policy(a):
     """(Settings, folder of the base, its Config, policy) that a program's flags name.
 
-    Opens their device and meets the other ranks (run/console.py:open_device); sets a.policy.
+    Opens their device and meets the other ranks (train.py:settings_of); sets a.policy.
     """
-    open_device(a)
     if not a.run and not a.ckpt:
         raise InputError('give --ckpt NAME_OR_FOLDER, --run FOLDER, or both')
     a.policy = a.policy or ('ada-k' if a.run else 'top-k')

@@ -44,7 +44,7 @@ def main(argv):
     standins.use(model, policy.fitted)
     tally = Counted(policy, model)
     start = time.perf_counter()
-    tokens = torch.tensor([ids], device=a.device)
+    tokens = torch.tensor([ids], device=s.device)
     torch.manual_seed(a.seed)
     steps = generate_steps(model, tokens, a.tokens, tally, a.temperature, decoder=graph_decoder)
     written = takewhile(lambda token: token not in tokenizer.stops, map(int, steps))    # steps are (1,1) each

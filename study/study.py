@@ -14,7 +14,7 @@ from allocator import AdaK, Allocators, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
-from run.console import OneLineParser, model_flags, open_device, open_out
+from run.console import OneLineParser, model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import gathered
 from run.start import new_allocators, prepare
@@ -140,5 +140,4 @@ def open_study(a, name, **changes):
 
     No price is fixed: it follows from a budget.
     """
-    open_device(a)
     return Study(replace(settings_of(a), price=None, **changes), Path(a.run) / name)
