@@ -133,8 +133,7 @@ class Allocators(nn.Module):
         self.k_max = k_max
         self.extended = extended
         self.top_k = config.top_k
-        self.run = {}                                          # facts of the run that trained them
-        self.fitted = {}                                       # and what it fitted to them (run/standins.py)
+        self.fitted = {}                                       # to them (run/standins.py)
         self.weight = nn.Parameter(torch.zeros(L, k_max, n_in))
         self.bias = nn.Parameter(torch.zeros(L, k_max), requires_grad=extended)
         self.register_buffer('mean', torch.zeros(L, n_in))
@@ -186,7 +185,7 @@ class Allocators(nn.Module):
             if facts['base'] != base:
                 raise InputError(f'{path}: trained for another base model than this one')
             allocators = cls(config, facts['k_max'], facts['extended'])
-            allocators.run = facts['run']
+            allocators.run = facts['run']                      # of the run that trained them
             for name, t in tensors.items():
                 if not t.isfinite().all():
                     raise InputError(f'{path}: {name} holds NaN or infinity')
@@ -306,13 +305,11 @@ def find_knob(mean_k, target, low, high, most):
         return low
     if too_many <= 0:
         return high
-    best_miss = float('inf')
+    misses = {}                                                # of all knobs that were tried
     for _ in range(20):
         knob = low + (high - low) * too_few / (too_few - too_many)
         miss = mean_k(knob) - target
-        if abs(miss) < best_miss:
-            best_miss = abs(miss)
-            best = knob
+        misses[knob] = abs(miss)
         if abs(miss) < 2e-3 * target:
             break
         if miss > 0:
@@ -321,4 +318,4 @@ def find_knob(mean_k, target, low, high, most):
         else:
             low, too_few = knob, miss
             too_many /= 2
-    return best
+    return min(misses, key=misses.get)
