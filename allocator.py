@@ -158,6 +158,10 @@ class Allocators(nn.Module):
         """Of one layer: z (P,n_in) -> (P,k_max) fp32."""
         return z.float() @ self.weight[layer].T + self.bias[layer]
 
+    def at_price(self, price):
+        """The policy that takes the most probable k at this price of an expert."""
+        return AdaK(self, price)
+
     def n_params(self):
         """Trained weights, the number that the paper reports."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -15,14 +15,13 @@ Everything is timed in one process, all candidates in turn in every round, on ra
 A number is the median over the rounds, with the quartiles in brackets; a ratio is a ratio of medians.
 """
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import moe_dispatch
 import run.standins as standins
-from allocator import AdaK, Allocators
+from allocator import Allocators
 from base.frozen import base_model
 from base.pretrain import new_model
 from hub.files import write_json
@@ -127,7 +126,7 @@ def fewer(model, tokens):
     allocators = Allocators(c, c.top_k, extended=True).to(model.device)
     allocators.weight.data.normal_(0, 0.1)
     # mean k does not depend on the targets, so the tokens stand for them too
-    return calibrate(model, (tokens, tokens), partial(AdaK, allocators), 0.7 * c.top_k, 9, -9)
+    return calibrate(model, (tokens, tokens), allocators.at_price, 0.7 * c.top_k, 9, -9)
 
 
 def random_models(device):

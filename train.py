@@ -20,7 +20,6 @@ import argparse
 import math
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -286,7 +285,7 @@ def run(s, out):
     # evaluation
     target = target_k(s, c) if s.price is None else None
     if target:
-        policy = calibrate(model, families.windows, partial(AdaK, allocators), target, 2, -2)
+        policy = calibrate(model, families.windows, allocators.at_price, target, 2, -2)
         allocators.price.fill_(policy.price)
     allocators.fitted = refit(s, model, text, AdaK(allocators))             # for what is dropped now
     windows = heldout.windows(s.heldout_tokens)

@@ -88,7 +88,7 @@ def explore(model, tokenizer, ids, T, allocators):
 
     families = SkipFamilies(model, [windows])
     dials = {                   # the policy of a knob, the knobs of 1 expert and of all that it may run
-        'ada-k': (partial(AdaK, allocators), DEAREST, -DEAREST),
+        'ada-k': (allocators.at_price, DEAREST, -DEAREST),
         'skip': (partial(families.policy, 'per layer'), 1, K),
         'top-p': (partial(TopP, n_experts=config.n_experts), 0, 1),
         'random-mix': (RandomMix, 1, K),

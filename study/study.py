@@ -4,13 +4,12 @@ A study keeps one file per row and one per set of trained allocators in a folder
 start goes on where the first one stopped. The folder belongs to one base model, one text and one recipe.
 """
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import run.standins as standins
-from allocator import AdaK, Allocators, TopK
+from allocator import Allocators, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
@@ -101,7 +100,7 @@ class Study:
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)
-        policy_of = partial(AdaK, allocators.to(s.device))     # of a price
+        policy_of = allocators.to(s.device).at_price
         most = 5 if dialled_to == s.budget else DEAREST        # dialled far, it may need all
         return calibrate(self.model, self.families.windows, policy_of, self.target(dialled_to), most, -most)
 
