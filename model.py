@@ -254,9 +254,15 @@ class Transformer(nn.Module):
     def hidden_of(self, passes):
         """[(tokens (B,T), choose_k), ..] -> [hidden states (B,T,C), ..].
 
-        A model whose weights come and go layer by layer (scale/) makes one sweep over them for all passes.
+        In one sweep over the layers for all passes: there are models whose weights come and go layer by layer
+        (scale/).
         """
-        return [self.hidden(tokens, choose_k) for tokens, choose_k in passes]
+        xs = [self.embed_tokens(tokens) for tokens, _ in passes]            # (B,T,C) each
+        positions = [self.positions(tokens.shape[1]) for tokens, _ in passes]
+        for layer in self.visit():
+            for i, (_, choose_k) in enumerate(passes):
+                xs[i] = layer(xs[i], positions[i], None, choose_k)
+        return [self.norm(x) for x in xs]
 
     def forward(self, tokens, choose_k=None, cache=None):
         """tokens (B,T) int64 -> logits (B,T,V) in the model's dtype.

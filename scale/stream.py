@@ -42,14 +42,6 @@ class LayerByLayer(Transformer):
             yield layer
             self.end(layer)
 
-    def hidden_of(self, passes):
-        xs = [self.embed_tokens(tokens) for tokens, _ in passes]            # (B,T,C) each
-        positions = [self.positions(tokens.shape[1]) for tokens, _ in passes]
-        for layer in self.visit():
-            for i, (_, choose_k) in enumerate(passes):
-                xs[i] = layer(xs[i], positions[i], None, choose_k)
-        return [self.norm(x) for x in xs]
-
 
 class Streamed(LayerByLayer):
     """The same model with two layers' worth of memory. `stream` makes one.
