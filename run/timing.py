@@ -17,15 +17,14 @@ def interleaved(cases):
     """
     times = {name: [] for name in cases}
     order = list(cases.items())
-    for r in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 1):
         for name, run in order:
             start = timer()
             run()
-            if r > 0:
-                times[name].append(1000 * (timer() - start))
+            times[name].append(1000 * (timer() - start))
         order.reverse()
     for name, ms in times.items():                             # the summary takes the place of the times
-        low, middle, high = statistics.quantiles(ms, n=4)
+        low, middle, high = statistics.quantiles(ms[1:], n=4)               # the first one warmed up
         times[name] = {'ms': middle, 'low': low, 'high': high}
     return times
 
