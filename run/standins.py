@@ -169,16 +169,17 @@ class StandIns:
     def __call__(self, x, ids, left):
         if len(x) <= FEW_TOKENS and not x.is_cuda and not torch.is_grad_enabled():
             return self.one_by_one(x, ids, left)
+        # `left` with a column for every expert, in x's dtype
+        share = x.new_zeros(len(x), len(self.b)).scatter(1, ids, left.to(x.dtype))      # (P,N)
         # grouped matmuls want rows of whole 16 bytes
         misaligned = any(n * self.A.itemsize % 16 for n in self.A.shape[1:])
         if x.is_cuda and len(x) <= STATIC_TOKENS or misaligned:
-            return self.plain(x, ids, left)
-        return self.many(x, ids, left)
+            return self.plain(x, share)
+        return self.many(x, share)
 
-    def plain(self, x, ids, left):
+    def plain(self, x, share):
         """The reference: every map at every token. No shape depends on k, so a CUDA graph can hold it."""
         low = torch.einsum('pc,nrc->pnr', x, self.A)
-        share = self.shares(x, ids, left)                                   # (P,N)
         return torch.einsum('pnr,ncr->pc', share[..., None] * low, self.B) + share @ self.b
 
     def one_by_one(self, x, ids, left):
@@ -191,19 +192,14 @@ class StandIns:
                     out += weight * torch.addmv(self.b[n], self.B[n], low)
         return y
 
-    def many(self, x, ids, left):
+    def many(self, x, share):
         """The same over exactly the choices that do not run, sorted by expert; one host sync."""
-        share = self.shares(x, ids, left)                                   # (P,N)
         dropped = share > 0
         expert, token = torch.where(dropped.T)                              # (rows,) both
         ends = dropped.sum(0).cumsum(0, dtype=torch.int32)                  # (N,) where an expert's rows end
         low = share[token, expert, None] * F.grouped_mm(x[token], self.A.mT, offs=ends)     # (rows,r)
         out = F.grouped_mm(low, self.B.mT, offs=ends)                       # (rows,C)
         return (share @ self.b).index_add(0, token, out)
-
-    def shares(self, x, ids, left):
-        """`left` with a column for every expert, (P,N) in x's dtype."""
-        return x.new_zeros(len(x), len(self.b)).scatter(1, ids, left.to(x.dtype))
 
 
 def of_layer(config, fitted, layer, like):

@@ -32,8 +32,10 @@ def test_every_form_is_the_sum_over_the_choices(tokens, r):
     for t in range(tokens):
         for n, weight in zip(ids[t], left[t]):
             right[t] += weight * (layer.B[n] @ (layer.A[n] @ x[t]) + layer.b[n])
-    for form in (layer.plain, layer.one_by_one, layer):        # layer: the sorted form, where it can
-        torch.testing.assert_close(form(x, ids, left), right, rtol=1e-4, atol=1e-5)
+    share = torch.zeros(tokens, 6).scatter(1, ids, left)
+    forms = layer.plain(x, share), layer.one_by_one(x, ids, left), layer(x, ids, left)
+    for y in forms:                                            # the last is the sorted form, where it can
+        torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the fit
