@@ -3,8 +3,7 @@ import fcntl
 import os
 import shutil
 import signal
-import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,20 +52,17 @@ def stop_signals():
     In a thread of a larger program, where Python takes no signals, it stays empty.
     """
     asked = []
-    old = {}                                                   # {signal: what handled it before}
 
     def note(number, frame):
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.SIGINT, signal.SIGTERM:
-            old[number] = signal.signal(number, note)
-    try:
+    with ExitStack() as undoing:
+        with suppress(ValueError):                             # Python's, in such a thread
+            for number in signal.SIGINT, signal.SIGTERM:
+                before = signal.signal(number, note)
+                undoing.callback(signal.signal, number, before)
         yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def in_state(s):
