@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -67,7 +66,7 @@ def stop_signals():
 
 def in_state(s):
     """The settings that a run and its continuation share."""
-    return {name: value for name, value in asdict(s).items() if name not in NOT_IN_STATE}
+    return {name: value for name, value in vars(s).items() if name not in NOT_IN_STATE}
 
 
 def save_state(path, facts, allocators, optimizer, generator, log):
