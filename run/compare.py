@@ -36,7 +36,7 @@ def compare(s, model, text, allocators, families, windows, target):
             'method': method,
             'loss': loss.mean().item(),
             'delta': delta.mean(),
-            'delta_se': clustered_error(delta, windows[2].flatten()),
+            'delta_se': clustered_error(delta, windows[2]),
             'mean_k_by_layer': tally.mean_by_layer().tolist(),
             **flops_shares(model, tally, s.seq, params),
         })

@@ -97,9 +97,9 @@ def clustered_error(delta, document):
     """Standard error of the mean of `delta` (n,), tokens of one document taken as dependent.
 
     The larger of two: of documents, and of parts of documents, since few documents say little about how
-    documents differ. `document` (n,): the number of each token's document, one document behind another.
+    documents differ. `document`, n in all: the number of each token's document, one document behind another.
     """
-    document = np.asarray(document)
+    document = np.ravel(document)                              # (n,)
     place = np.arange(len(delta)) - document.searchsorted(document)        # of a token in its document
     part = place * BLOCKS // len(delta)                        # 0..BLOCKS-1
     return max(jackknife(delta, document), jackknife(delta, document * BLOCKS + part))

@@ -116,7 +116,7 @@ class Study:
 
     def error(self, delta):
         """The standard error of the mean of delta (n,), of held-out text."""
-        return clustered_error(delta, self.windows[2].flatten())
+        return clustered_error(delta, self.windows[2])
 
 
 def thousandths(row, value='delta', error='delta_se'):
