@@ -103,13 +103,11 @@ class SkipFamilies:
         top_k = x
         others = []
         for layer in model.visit():
-            def run(x, policy):
-                return layer(x, positions, None, policy)
-            top_k = run(top_k, None)
-            others = [run(other, around) for other in others]
+            top_k = layer(top_k, positions, None, None)
+            others = [layer(other, positions, None, around) for other in others]
             if not layer.dense:
-                others += [run(x, level) for level in levels]
-            x = run(x, around)
+                others += [layer(x, positions, None, level) for level in levels]
+            x = layer(x, positions, None, around)
         return model.norm(torch.stack([top_k, *others])).flatten(1, 2)
 
     def costs(self, policies):
