@@ -7,7 +7,6 @@
 Each is a family of policies with one knob, mean k. Which is best is measured on training text by the loss
 expected under the top-k prediction (run/evaluate.py), without the luck of the text.
 """
-import itertools
 from functools import cache, partial
 
 import numpy as np
@@ -81,11 +80,13 @@ class SkipFamilies:
         n, T = windows[0].shape
         few = max(1, sequences_of_pass(T) // self.L)
         progress = Progress('greedy shares')
-        begun = itertools.count(few, few)
+        done = 0
 
         def of_part(inputs, targets):
+            nonlocal done
             hidden = self.varied(inputs, *policies)
-            progress(min(next(begun), n), n)
+            done += few
+            progress(min(done, n), n)
             return -rewards(self.model, hidden, targets.flatten(), expected=True)[1:]
         nats = by_parts(self.model, windows, few, of_part).mean(1)          # (L*levels,)
         steps = nats.view(self.L, -1).diff()
