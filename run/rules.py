@@ -43,16 +43,20 @@ class SkipFamilies:
         self.best_family = cache(self.best_family)
 
     def policy(self, family, mean_k, around=None):
-        """A Skip whose mean k is near mean_k.
+        """A Skip whose mean k is near mean_k, of one of FAMILIES, or of the best of them: 'skip'.
 
-        around: the mean k of the other layers while `greedy` measures one; by default mean_k.
+        around: the mean k at which it is the best, and of the other layers while `greedy` measures one; by
+        default mean_k.
         """
+        around = around or mean_k
+        if family == 'skip':
+            family = self.best_family(around)
         if family == 'one beta':
             together = self.tails.flatten(0, 1)                             # (L*P,K-1)
             return Skip(self.L * betas_at([together], [mean_k]), self.K)
         shares = [mean_k] * self.L
         if family == 'greedy' and self.K > 1:
-            shares = self.greedy_shares(mean_k, around or mean_k)
+            shares = self.greedy_shares(mean_k, around)
         return Skip(betas_at(self.tails, shares), self.K)
 
     def greedy_shares(self, mean_k, around):
@@ -120,7 +124,9 @@ class SkipFamilies:
         """The name of the family whose Skip at mean_k costs least."""
         policies = [self.policy(family, mean_k) for family in FAMILIES]
         costs = self.costs(policies)
-        return FAMILIES[costs.index(min(costs))]
+        best = FAMILIES[costs.index(min(costs))]
+        print(f'expert skipping at mean k {mean_k:.2f}: {best}')
+        return best
 
     def worth_of_an_expert(self, mean_k):
         """What one expert more buys around mean_k, in nats per expert and layer."""
@@ -132,7 +138,7 @@ class SkipFamilies:
     def rule_at(self, name, mean_k, around):
         """The rule of this name, its knob set to mean_k on self.windows by real passes.
 
-        name: random-mix, top-p, one of FAMILIES, or skip, the best of them; around: as for `policy`.
+        name: random-mix, top-p, or a family as for `policy`, as is around.
         """
         if name == 'random-mix':
             return RandomMix(mean_k)
@@ -143,8 +149,7 @@ class SkipFamilies:
         else:
             low = 1
             high = self.K
-            family = self.best_family(around) if name == 'skip' else name
-            policy_of = partial(self.policy, family, around=around)
+            policy_of = partial(self.policy, name, around=around)
         return calibrate(self.model, self.windows, policy_of, mean_k, low, high)
 
 

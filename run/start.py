@@ -50,14 +50,10 @@ def new_allocators(s, model, text, families):
     mean_k = first_k(s, config)
     if s.extended:
         standardise(model, allocators, next(batches)[0])
-    family = s.start
-    if family == 'skip':
-        family = families.best_family(mean_k)
-        print(f'start: expert skipping, {family}')
-    if family == 'p-warm':
+    if s.start == 'p-warm':
         p_warm(s, model, allocators, batches)
-    elif family != 'random':
-        start_at_skip(allocators, families.policy(family, mean_k))
+    elif s.start != 'random':
+        start_at_skip(allocators, families.policy(s.start, mean_k))
     price = s.price
     if price is None:
         price = FIRST_PRICE * families.worth_of_an_expert(mean_k)
