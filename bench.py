@@ -155,7 +155,7 @@ def of_run(a, s):
     model, _, texts, digest = base_model(s, run)
     tokens = texts[1].windows(2048)[0].to(s.device)
     if a.run:
-        policy = trained_policy(run, model.config, digest, s.device)
+        policy = trained_policy(run, model.config, digest)
         standins.use(model, policy.fitted)
     else:
         policy = fewer(model, tokens)

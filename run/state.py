@@ -102,7 +102,7 @@ def load_state(path, facts, allocators, optimizer, generator):
         return state['log']
 
 
-def trained_policy(run, config, base, device):
+def trained_policy(run, config, base):
     """The policy that a finished run has learnt for the base model with this Config and digest.
 
     InputError if the allocators are not those that the run's results.json reports.
@@ -115,4 +115,4 @@ def trained_policy(run, config, base, device):
         for name, value in allocators.run.items():
             if reported[name] != value:
                 raise InputError(f'{path}: trained with {name} {value}, {results} has {reported[name]}')
-    return AdaK(allocators.to(device))
+    return AdaK(allocators)

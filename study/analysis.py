@@ -136,7 +136,7 @@ def analysis_figure(path, r):
 def main(argv):
     a = parser(__doc__).parse_args(argv)
     study = open_study(a, 'analysis')
-    policy = trained_policy(a.run, study.model.config, study.digest, study.s.device)
+    policy = trained_policy(a.run, study.model.config, study.digest)
     standins.use(study.model, policy.fitted)
     results = analyse(study, policy)
     write_json(study.folder / 'analysis.json', results)

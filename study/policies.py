@@ -92,7 +92,7 @@ def open_policy(a):
     folder = base_folder(s, Path(a.run))
     config = read_config(folder)
     if a.policy == 'ada-k' and a.run:
-        policy = trained_policy(a.run, config, base_digest(folder), s.device)
+        policy = trained_policy(a.run, config, base_digest(folder))
     else:
         policy = rule(a.policy, config)
     return s, folder, config, policy

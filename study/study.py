@@ -100,7 +100,7 @@ class Study:
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)
-        policy_of = allocators.to(s.device).at_price
+        policy_of = allocators.at_price
         most = 5 if dialled_to == s.budget else DEAREST        # dialled far, it may need all
         return calibrate(self.model, self.families.windows, policy_of, self.target(dialled_to), most, -most)
 

@@ -121,7 +121,7 @@ def model_and_policy(out):
     from hub.checkpoint import base_digest, load
     from run.state import trained_policy
     model = load(out / 'base')
-    policy = trained_policy(out, model.config, base_digest(out / 'base'), 'cpu')
+    policy = trained_policy(out, model.config, base_digest(out / 'base'))
     standins.use(model, policy.fitted)
     return model, policy
 

@@ -43,7 +43,7 @@ def test_a_stopped_run_leaves_a_finished_one_as_it_was(finished, monkeypatch):
 def test_allocators_of_another_run_than_the_results_are_refused(finished):
     path = finished / 'results.json'
     base = finished / 'base'
-    of_run = finished, read_config(base), base_digest(base), 'cpu'
+    of_run = finished, read_config(base), base_digest(base)
     assert trained_policy(*of_run).fitted.keys() == {'rho', 'eta', 'A', 'B', 'b'}
     results = read_json(path)
     results['config']['seed'] = 3
