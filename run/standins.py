@@ -114,7 +114,7 @@ def fit_expert(moe, x, left, ids, n, rank):
     token, choice = torch.where((ids == n) & (left > 0))
     C = x.shape[1]
     weight = left[token, choice, None].double().square()                    # (rows,1)
-    weight = weight / weight.sum()
+    weight /= weight.sum()
     X = x[token].double()
     Y = run_expert(x[token], moe.w_in[n], moe.w_out[n]).double()
     mean_x = (weight * X).sum(0)
@@ -122,7 +122,7 @@ def fit_expert(moe, x, left, ids, n, rank):
     B = X.new_zeros(C, rank)
     A = B.T
     if len(token) > rank:
-        X = X - mean_x
+        X -= mean_x
         moments = X.T @ (weight * X)                                        # (C,C)
         ridge = RIDGE * moments.diagonal().mean() * torch.eye(C).to(X)
         W = torch.linalg.solve(moments + ridge, X.T @ (weight * (Y - mean_y)))      # (C,C), Y ~ X W
