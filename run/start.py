@@ -7,10 +7,10 @@ eq. 12, 13) imitates a Top-P rule at K by supervised learning; 'random' knows no
 import torch
 import torch.nn.functional as F
 
-import run.standins as standins
 from allocator import find_knob, mass_labels
 from run.console import Progress
 from run.rules import SkipFamilies, look
+from run.standins import fit_eta, refit, target_k
 from scale.memory import empty_allocators
 
 SHARPNESS = 2.0         # of the start at Skip, logits per unit of its log ratio
@@ -28,15 +28,15 @@ def prepare(s, model, text):
     """
     families = SkipFamilies(model, text.windows(s.heldout_tokens // 4))
     skip = families.policy('per layer', first_k(s, model.config))
-    fitted = standins.refit(s, model, text, skip)
+    fitted = refit(s, model, text, skip)
     if s.beyond:
-        standins.fit_eta(model, fitted, families.windows)
+        fit_eta(model, fitted, families.windows)
     return fitted, families
 
 
 def first_k(s, config):
     """The mean k that allocators start at: that of the budget, but a rule must drop something there."""
-    return min(standins.target_k(s, config), MOST_AT_FIRST * config.top_k)
+    return min(target_k(s, config), MOST_AT_FIRST * config.top_k)
 
 
 def new_allocators(s, model, text, families):
