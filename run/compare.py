@@ -40,7 +40,7 @@ def compare(s, model, text, allocators, families, windows, target):
             'mean_k_by_layer': tally.mean_by_layer().tolist(),
             **flops_shares(model, tally, s.seq, params),
         })
-        progress(len(rows), len(policies), len(loss), loss=rows[-1]['loss'])
+        progress(len(rows), len(policies), len(loss), loss=loss.mean())
     return rows
 
 
