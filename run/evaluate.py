@@ -122,7 +122,7 @@ def jackknife(delta, cluster):
 
 def effective_documents(document):
     """As how many documents of equal length these count: (sum of lengths)^2 / sum of their squares."""
-    sizes = np.unique(document, return_counts=True)[1]
+    sizes = np.bincount(np.ravel(document))
     return sizes.sum() ** 2 / (sizes ** 2).sum()
 
 
