@@ -58,27 +58,30 @@ def cached(hub_id):
         return Path('not-there')
 
 
-def weight_files(folder):
-    """The weight files of a folder: those in the index, or one model.safetensors."""
+def read_layout(folder):
+    """The layout of `read_header` for all weight files: those in the index, or one model.safetensors."""
+    names = ['model.safetensors']
     index = folder / 'model.safetensors.index.json'
-    if not index.exists():
-        return [folder / 'model.safetensors']
-    with reading(index):
-        names = sorted(set(read_json(index)['weight_map'].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError('a file outside of this folder')
-    return [folder / name for name in names]
+    if index.exists():
+        with reading(index):
+            names = sorted(set(read_json(index)['weight_map'].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError('a file outside of this folder')
+    layout = {}
+    for name in names:
+        of_file, _ = read_header(folder / name)
+        layout |= of_file
+    return layout
 
 
 def weight_dtype(folder):
-    """The dtype of a checkpoint: that of the largest tensor of its first file; fp32 for wider ones.
+    """The dtype of a checkpoint: that of its largest tensor; fp32 for wider ones.
 
     What config.json says is often missing or wrong. Without weights: bfloat16, as all families are published.
     """
     if not any(folder.glob('*.safetensors')):
         return torch.bfloat16
-    layout, _ = read_header(weight_files(folder)[0])
-    tensors = [t for t, _, _ in layout.values()]
+    tensors = [t for t, _, _ in read_layout(folder).values()]
     dtype = max(tensors, key=lambda t: t.nbytes, default=torch.empty(0)).dtype
     return dtype if dtype.itemsize == 2 else torch.float32
 
@@ -105,9 +108,7 @@ def base_digest(folder):
         views[f'{block}gate.weight'] = torch.zeros(c.n_experts, c.dim)
         for n in range(c.n_experts):
             views[expert_names(block, n, c)[2]] = torch.zeros(c.expert_dim)
-    for path in weight_files(folder):
-        layout, _ = read_header(path)
-        read_into(layout, views)
+    read_into(read_layout(folder), views)
     return weights_digest(views.values())
 
 
@@ -165,28 +166,25 @@ def first_row(n, mesh):
 def open_checkpoint(folder, dtype, kind):
     """(model of class `kind` on the meta device, layout) of a folder whose weights are all there.
 
-    Each tensor is in one file, with the shape that config.json promises: InputError names what is wrong.
-    Nothing but headers has been read. The layout is that of `read_header` for all files.
+    Each tensor has the shape that config.json promises: InputError names what is wrong. Nothing but headers
+    has been read. The layout is that of `read_layout`.
     """
     config = read_config(folder)
     with torch.device('meta'):
         model = kind(config).to(dtype).requires_grad_(False)
+    layout = read_layout(folder)
+    if config.tie:
+        layout.pop(HEAD, None)                                 # it is the embedding
     left = hub_tensors(model)
-    places = {}
-    for path in weight_files(folder):
-        layout, _ = read_header(path)
-        if config.tie:
-            layout.pop(HEAD, None)                             # it is the embedding
-        for name, (t, _, _) in layout.items():
-            shape = list(t.shape)
-            wanted = list(left.pop(name).shape) if name in left else 'none'
-            if shape != wanted or not t.is_floating_point():
-                raise InputError(f'{path}: {name!r:.100} has shape {shape} and {t.dtype}; config.json says '
-                                 f'{wanted}, and quantised weights are not supported')
-        places |= layout
+    for name, (t, path, _) in layout.items():
+        shape = list(t.shape)
+        wanted = list(left.pop(name).shape) if name in left else 'none'
+        if shape != wanted or not t.is_floating_point():
+            raise InputError(f'{path}: {name!r:.100} has shape {shape} and {t.dtype}; config.json says '
+                             f'{wanted}, and quantised weights are not supported')
     if left:
         raise InputError(f'{folder}: tensor {min(left)} is missing from the weight files')
-    return model, places
+    return model, layout
 
 
 def load(folder, dtype=torch.float32, device='cpu', progress=None):
