@@ -14,8 +14,8 @@ class Sharded(LayerByLayer):
     """
     tokens_per_visit = 2 ** 14
 
-    def begin(self, i):
-        return self.layers[i].unshard(async_op=True).wait
+    def begin(self, layer):
+        return layer.unshard(async_op=True).wait
 
     def end(self, layer):
         layer.reshard()

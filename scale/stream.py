@@ -21,12 +21,9 @@ ALIGNED = 128   # numbers: every weight in a flat buffer begins where its kernel
 class LayerByLayer(Transformer):
     """A Transformer whose layers come and go, each on its way while the one before computes.
 
-    A sweep over all layers transfers all weights, so all passes share one, of many tokens if possible.
+    A sweep over all layers transfers all weights, so all passes share one, of many tokens if possible. A
+    subclass has begin(layer), which starts to bring its weights and returns a function that waits for them.
     """
-
-    def begin(self, i):
-        """Start to bring the weights of layer i; returns a function that waits until they are there."""
-        raise NotImplementedError
 
     def end(self, layer):
         """The layer has been asked to do all it has to in this sweep."""
@@ -34,11 +31,11 @@ class LayerByLayer(Transformer):
     def visit(self):
         """Yield one layer after the other, each with its weights until the next is asked for."""
         assert not torch.is_grad_enabled(), 'a backward pass would not find these weights again'
-        wait = self.begin(0)
-        for i, layer in enumerate(self.layers):
+        waits = map(self.begin, self.layers)                   # a layer begins when its wait is asked for
+        wait = next(waits)
+        for layer in self.layers:
             wait()
-            if i + 1 < len(self.layers):
-                wait = self.begin(i + 1)
+            wait = next(waits, None)
             yield layer
             self.end(layer)
 
@@ -55,31 +52,6 @@ class Streamed(LayerByLayer):
     pinned = False                 # are all layers in page-locked memory?
     side = None                    # the stream on which a GPU gets them
 
-    def prepare(self, layout, device, progress):
-        """Take the buffers and read what is not streamed. layout: as hub/checkpoint.py:open_checkpoint."""
-        self.layout = layout
-        self.thread = ThreadPoolExecutor(1)
-        n = len(self.layers)
-        size = max(map(flat_size, self.layers))
-        self.buffers = torch.empty(2, size, dtype=self.dtype, device=device)
-        self.host = self.buffers                               # on a CPU the files are read into the buffers
-        if self.buffers.is_cuda:
-            self.pinned = n * self.buffers[0].nbytes + 4e9 < free_memory('cpu')
-            buffers = range(n if self.pinned else 1)
-            self.host = [torch.empty(size, dtype=self.dtype, pin_memory=True) for _ in buffers]
-            self.side = torch.cuda.Stream(device)
-        for module in self.embed_tokens, self.norm, self.lm_head:
-            module.to_empty(device=device)
-        self.tie()
-        # where the files' tensors go: {hub name: view}
-        lay_out(self.layers, self.host)
-        self.views = hub_tensors(self)
-        lay_out(self.layers, self.buffers)
-        if self.pinned:
-            read_into(layout, self.views, progress)
-        else:
-            self.read('model.embed_tokens.', 'model.norm.', 'lm_head.')
-
     def read(self, *starts):
         """Fill the views whose hub names start so from the files."""
         views = {name: view for name, view in self.views.items() if name.startswith(starts)}
@@ -94,15 +66,14 @@ class Streamed(LayerByLayer):
             with torch.cuda.stream(self.side):
                 self.buffers[i % 2].copy_(host)                # this thread waits for its end
 
-    def begin(self, i):
+    def begin(self, layer):
         """As LayerByLayer's; layer i may come once the device has done what it was asked to do so far.
 
         That includes layer i - 2, whose buffer it takes; layer i - 1 has not been asked to run yet.
         """
-        side = self.side
-        if side:
-            side.wait_stream(torch.cuda.current_stream(side.device))
-        return self.thread.submit(self.fetch, i).result
+        if self.side:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+        return self.thread.submit(self.fetch, layer.i).result
 
 
 def flat_size(layer):
@@ -124,5 +95,28 @@ def lay_out(layers, buffers):
 def stream(folder, dtype=torch.float32, device='cpu', progress=None):
     """The frozen `Streamed` model in a folder: its layers in page-locked host memory, or in their files."""
     model, layout = open_checkpoint(folder, dtype, Streamed)
-    model.prepare(layout, device, progress)
+    layers = model.layers
+    size = max(map(flat_size, layers))
+    buffers = torch.empty(2, size, dtype=dtype, device=device)
+    host = buffers                                             # on a CPU the files are read into the buffers
+    if buffers.is_cuda:
+        model.pinned = len(layers) * buffers[0].nbytes + 4e9 < free_memory('cpu')
+        n = len(layers) if model.pinned else 1
+        host = [torch.empty(size, dtype=dtype, pin_memory=True) for _ in range(n)]
+        model.side = torch.cuda.Stream(device)
+    for module in model.embed_tokens, model.norm, model.lm_head:
+        module.to_empty(device=device)
+    model.tie()
+    # where the files' tensors go: {hub name: view}
+    lay_out(layers, host)
+    model.views = hub_tensors(model)
+    lay_out(layers, buffers)
+    model.buffers = buffers
+    model.host = host
+    model.layout = layout
+    model.thread = ThreadPoolExecutor(1)
+    if model.pinned:
+        read_into(layout, model.views, progress)
+    else:
+        model.read('model.embed_tokens.', 'model.norm.', 'lm_head.')
     return model
