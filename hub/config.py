@@ -136,7 +136,7 @@ def token_ids(values, name, where):
         return []
     if not isinstance(ids, list):
         ids = [ids]
-    if any(type(i) is not int or not 0 <= i < 2 ** 31 for i in ids):
+    if not all(type(i) is int and 0 <= i < 2 ** 31 for i in ids):
         raise InputError(f'{where}: {name} {ids!r:.60} is no number from 0 on, or a list of them')
     return ids
 

@@ -17,7 +17,7 @@ from allocator import AdaK, Allocators, Counted, Watched
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
-from moe_dispatch import select, used
+from moe_dispatch import used
 
 
 # ================================================================ in and out
@@ -188,7 +188,7 @@ def real_tokens(x, mask, past):
     if isinstance(mask, dict):
         mask = next(iter(mask.values()))
     if mask is None:
-        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return x.new_ones(x.shape[:2], dtype=torch.bool)
     if not isinstance(mask, torch.Tensor):                     # flex attention's
         return None
     first = torch.as_tensor(past, device=mask.device).clamp(max=mask.shape[-1] - T)
@@ -213,7 +213,7 @@ def router_hook(layer, tally, how, stand_in, config):
         x = args[0]                                                         # (P,C)
         probs = logits.softmax(-1, dtype=torch.float32)                     # (P,N)
         k = tally(layer, x, probs)                                          # (P,)
-        ids, chosen, left = select(probs, k, tally.k_max, how)              # (P,width)
+        ids, chosen, left = tally.select(probs, k, how)                     # (P,width)
         if stand_in:
             tally.here.standing_in = stand_in(x, ids, left)                 # (P,C)
         ids = torch.where(used(k, ids), ids, config.n_experts)
