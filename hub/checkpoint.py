@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from hub.config import read_config, to_hf
 from hub.files import InputError, read_json, reading, write_json
@@ -140,7 +141,7 @@ def hub_tensors(model):
     for name, p in model.named_parameters():                   # a tied head is listed once, as the embedding
         first = 0
         if hasattr(p, 'to_local'):
-            first = first_row(len(p), p.device_mesh)
+            first = first_row(len(p))
             p = p.to_local()
         name = hub_name(name, c)
         block, stacked, last = name.rpartition('w_')
@@ -150,15 +151,15 @@ def hub_tensors(model):
         for n, expert in enumerate(p, first):
             gate, up, down = expert_names(block, n, c)
             if last == 'in':
-                views[gate], views[up] = expert.split(c.expert_dim)
+                views[gate], views[up] = expert.chunk(2)
             else:
                 views[down] = expert
     return views
 
 
-def first_row(n, mesh):
+def first_row(n):
     """Where this rank's part of n rows begins: FSDP gives ceil(n / ranks) to each, while there are any."""
-    return mesh.get_local_rank() * -(-n // mesh.size())
+    return dist.get_rank() * -(-n // dist.get_world_size())
 
 
 # ================================================================ load and save

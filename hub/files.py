@@ -33,8 +33,7 @@ def read_json(path, absent=None):
     if absent is not None and not path.exists():
         return absent
     with reading(path):
-        value = json.loads(path.read_bytes())
-        return {**value}                                       # an error of a list, a number, ..
+        return {**json.loads(path.read_bytes())}               # an error of a list, a number, ..
 
 
 def write_whole(path, write):

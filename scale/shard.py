@@ -31,6 +31,6 @@ def shard(folder, dtype, device, progress=None):
     for name, view in hub_tensors(model).items():
         t, path, begin = layout[name]
         if len(view) < len(t):                                 # this rank's rows begin further behind
-            begin += t[0].nbytes * first_row(len(t), mesh)
+            begin += t[0].nbytes * first_row(len(t))
             layout[name] = t, path, begin
     return fill(model, layout, device, progress)
