@@ -17,8 +17,10 @@ class Sharded(LayerByLayer):
     def begin(self, layer):
         return layer.unshard(async_op=True).wait
 
-    def end(self, layer):
-        layer.reshard()
+    def visit(self):
+        for layer in super().visit():
+            yield layer
+            layer.reshard()
 
 
 def shard(folder, dtype, device, progress=None):
@@ -27,7 +29,7 @@ def shard(folder, dtype, device, progress=None):
     model, layout = open_checkpoint(folder, dtype, Sharded)
     mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `end` does
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)             # `visit` does
     for name, view in hub_tensors(model).items():
         t, path, begin = layout[name]
         if len(view) < len(t):                                 # this rank's rows begin further behind

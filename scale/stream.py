@@ -25,9 +25,6 @@ class LayerByLayer(Transformer):
     subclass has begin(layer), which starts to bring its weights and returns a function that waits for them.
     """
 
-    def end(self, layer):
-        """The layer has been asked to do all it has to in this sweep."""
-
     def visit(self):
         """Yield one layer after the other, each with its weights until the next is asked for."""
         assert not torch.is_grad_enabled(), 'a backward pass would not find these weights again'
@@ -37,7 +34,6 @@ class LayerByLayer(Transformer):
             wait()
             wait = next(waits, None)
             yield layer
-            self.end(layer)
 
 
 class Streamed(LayerByLayer):
