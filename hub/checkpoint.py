@@ -30,11 +30,11 @@ CHECKPOINTS = {
 
 # ================================================================ which folder, which files, which base
 
-def find_checkpoint(name, config_only=False):
+def find_checkpoint(name, wanted='model*.safetensors'):
     """The folder of --ckpt: itself, checkpoints/NAME, or a snapshot in the Hugging Face cache.
 
-    InputError says how to get what is not there. `config_only`: a folder with config.json will do, if need be
-    that of hub/published, which has the sizes.
+    InputError says how to get what is not there. wanted: the file that the folder must hold. For config.json
+    that of hub/published will do, which has the sizes.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -42,7 +42,6 @@ def find_checkpoint(name, config_only=False):
         raise InputError(f'--ckpt {name}: no such folder, and not one of {", ".join(CHECKPOINTS)}')
     hub_id = CHECKPOINTS[name]
     here = Path('checkpoints') / name
-    wanted = 'config.json' if config_only else 'model*.safetensors'
     for folder in here, cached(hub_id), PUBLISHED / name:
         if any(folder.glob(wanted)):
             return folder

@@ -46,7 +46,7 @@ def run_flops(s, config):
 
 def plan(s, machines):
     """A dict of what this run needs. machines: {name: (FLOP/s, transfer in bytes/s)}."""
-    folder = find_checkpoint(s.ckpt, config_only=True)
+    folder = find_checkpoint(s.ckpt, wanted='config.json')
     config = read_config(folder)
     itemsize = weight_dtype(folder).itemsize
     check_budget(s, config.top_k)

@@ -118,7 +118,7 @@ def test_a_short_name_is_a_folder_here_or_a_snapshot_in_the_cache(tmp_path, monk
     (place / 'refs/main').write_text('a')
     (snapshot / 'model.safetensors').touch()
     (here / 'config.json').touch()
-    assert find_checkpoint('mixtral-8x7b', config_only=True) == here
+    assert find_checkpoint('mixtral-8x7b', wanted='config.json') == here
     assert find_checkpoint('mixtral-8x7b') == snapshot         # a config does not hide the weights
     (here / 'model.safetensors').touch()
     assert find_checkpoint('mixtral-8x7b') == here
@@ -127,6 +127,6 @@ def test_a_short_name_is_a_folder_here_or_a_snapshot_in_the_cache(tmp_path, monk
 def test_what_is_not_there_can_be_got(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    assert find_checkpoint('qwen1.5-moe', config_only=True) == PUBLISHED / 'qwen1.5-moe'
+    assert find_checkpoint('qwen1.5-moe', wanted='config.json') == PUBLISHED / 'qwen1.5-moe'
     with pytest.raises(InputError, match='get it with: hf download Qwen'):
         find_checkpoint('qwen1.5-moe')
