@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import moe_dispatch
-import run.standins as standins
+from run import standins
 from allocator import Allocators
 from base.frozen import base_model
 from base.pretrain import new_model
@@ -154,17 +154,14 @@ def of_run(a, s):
     run = Path(a.run or '')
     model, _, texts, digest = base_model(s, run)
     tokens = texts[1].windows(2048)[0].to(s.device)
-    if a.run:
-        policy = trained_policy(run, model.config, digest)
-        standins.use(model, policy.fitted)
-    else:
-        policy = fewer(model, tokens)
+    policy = trained_policy(run, model.config, digest) if a.run else fewer(model, tokens)
+    standins.use(model, policy.fitted)
     return a.run or a.ckpt, model, tokens, policy
 
 
 # ================================================================ both
 
-def main(argv=None):
+def main(argv):
     p = OneLineParser(__doc__)
     p.add_argument('--run', help='a finished run of train.py, and its allocators')
     model_flags(p)
@@ -181,7 +178,7 @@ def main(argv=None):
         models = [of_run(a, s)]
     else:
         dispatch = dispatch_table(device, reached)
-        print(speed_table(dispatch), end='\n\n')
+        print(f'{speed_table(dispatch)}\n')
         models = random_models(device)
     whole = []
     for model in models:

@@ -19,7 +19,7 @@ The default recipe differs from the paper's (`--paper`) where that measured bett
 import argparse
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -249,7 +249,7 @@ def train_ppo(s, model, allocators, first, text, state=None, facts={}, one_step=
 
 # ================================================================ the whole run
 
-def main(argv=None):
+def main(argv):
     s = parse(argv)
     with open_run(s.out) as out:
         run(s, out)
@@ -299,10 +299,9 @@ def run(s, out):
                     budget=s.budget, seed=s.seed, ppo_steps=s.ppo_steps)
     write_log(out / 'log.csv', log)
     results = {
-        'seed': s.seed,
-        'config': asdict(s),
+        'config': vars(s),
         'seconds': seconds,
-        'bits_per_byte': bits_per_byte(rows[0]['loss'] * windows[1].numel(), windows, tokenizer),
+        'bits_per_byte': bits_per_byte(rows[0]['loss'], windows[1], tokenizer),
         'effective_documents': effective_documents(windows[2]),
         'allocator_params': allocators.n_params(),
         'rows': rows,

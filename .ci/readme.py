@@ -31,7 +31,7 @@ def table(r):
     stages = ', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in r['seconds'].items())
     minutes = sum(r['seconds'].values()) / 60
     note = (f'{minutes:.0f} minutes. Base {r["bits_per_byte"]:.3f} bits per byte on held-out text; '
-            f'{r["allocator_params"]:,} allocator weights; seed {r["seed"]}; {stages}.')
+            f'{r["allocator_params"]:,} allocator weights; seed {r["config"]["seed"]}; {stages}.')
     return f'{result_rows(r["rows"])}\n\n{note}'
 
 

@@ -70,6 +70,8 @@ def read_layout(folder):
     layout = {}
     for name in names:
         of_file, _ = read_header(folder / name)
+        if layout.keys() & of_file.keys():
+            raise InputError(f'{folder / name}: some tensor of it is in another weight file too')
         layout |= of_file
     return layout
 

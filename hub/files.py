@@ -54,7 +54,11 @@ def write_whole(path, write):
         new.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """`value` as an indented JSON file, UTF-8."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+def write_text(path, text):
+    """`text` as a file, UTF-8."""
     write_whole(path, lambda f: f.write(text.encode()))
+
+
+def write_json(path, value):
+    """`value` as an indented JSON file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-import run.standins as standins
+from run import standins
 from allocator import AdaK, Allocators, Counted, Watched
 from hub.checkpoint import weights_digest
 from hub.config import from_hf

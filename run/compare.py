@@ -20,7 +20,7 @@ def compare(s, model, text, allocators, families, windows, target):
     [(_, tally)] = evaluate(model, families.windows, [policies['ada-k']])
     mean_k = tally.mean()
     for name in RULES:
-        policies[name] = families.rule_at(name, mean_k, around=target or mean_k)
+        policies[name] = families.rule_at(name, mean_k, target)
     rows = []
     progress = Progress('evaluation')
     for method, policy in policies.items():

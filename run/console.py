@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hub.files import InputError
-from run.ranks import leave, my_rank, n_ranks
+from run.ranks import join, leave, my_rank, n_ranks
 
 MARK = '.ada-k'         # a file in every folder that holds files of this program
 

@@ -126,10 +126,11 @@ def effective_documents(document):
     return sizes.sum() ** 2 / (sizes ** 2).sum()
 
 
-def bits_per_byte(nats, windows, tokenizer):
-    """Mean bits per byte of the target text; `nats`: the loss of all its tokens. bos and eos are no bytes."""
-    n_bytes = 0
-    for i in windows[1].flatten().tolist():
-        if i not in tokenizer.marks:
-            n_bytes += len(tokenizer.bytes_of_id[i])
-    return nats / math.log(2) / n_bytes
+def bits_per_byte(loss, targets, tokenizer):
+    """Of the text in targets (n,T), whose tokens lose `loss` nats in the mean; bos and eos are no bytes."""
+    n_bytes = sum(
+        len(tokenizer.bytes_of_id[i])
+        for i in targets.flatten().tolist()
+        if i not in tokenizer.marks
+    )
+    return loss * targets.numel() / math.log(2) / n_bytes

@@ -6,7 +6,7 @@ import csv
 import io
 import os
 
-from hub.files import write_whole
+from hub.files import write_text, write_whole
 
 os.environ['MPLBACKEND'] = 'agg'        # figures go to files; the backend of a notebook may not exist here
 import matplotlib.pyplot as plt  # noqa: E402
@@ -50,7 +50,7 @@ def write_log(path, log):
     writer = csv.DictWriter(text, log[-1])
     writer.writeheader()
     writer.writerows(log)
-    write_whole(path, lambda f: f.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def save_figure(fig, path):

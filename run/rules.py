@@ -135,7 +135,7 @@ class SkipFamilies:
         (dear, few), (cheap, many) = self.costs([fewer, more])
         return (dear - cheap) / (many - few) / self.L
 
-    def rule_at(self, name, mean_k, around):
+    def rule_at(self, name, mean_k, around=None):
         """The rule of this name, its knob set to mean_k on self.windows by real passes.
 
         name: random-mix, top-p, or a family as for `policy`, as is around.
@@ -149,7 +149,7 @@ class SkipFamilies:
         else:
             low = 1
             high = self.K
-            policy_of = partial(self.policy, name, around=around)
+            policy_of = partial(self.policy, name, around=around or mean_k)
         return calibrate(self.model, self.windows, policy_of, mean_k, low, high)
 
 

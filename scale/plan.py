@@ -27,7 +27,12 @@ GPUS = {
     'A800': (156e12, 25.6e9),
     'H100': (494.5e12, 51.2e9),
 }
-HOW = {'plain': 1, 'stream': 1, 'shard': 8}             # where the weights are: ranks
+# where the weights are: are they streamed, and over how many ranks?
+WHERE = {
+    'on one GPU': (False, 1),
+    '`--stream`': (True, 1),
+    'each of 8 GPUs': (False, 8),
+}
 SWEEPS = 32             # over the held-out tokens: search, stand-ins, calibrations, comparison
 
 
@@ -45,31 +50,27 @@ def run_flops(s, config):
 
 
 def plan(s, machines):
-    """A dict of what this run needs. machines: {name: (FLOP/s, transfer in bytes/s)}."""
+    """{column: text} of what this run needs. machines: {name: (FLOP/s, transfer in bytes/s)}."""
     folder = find_checkpoint(s.ckpt, wanted='config.json')
     config = read_config(folder)
     itemsize = weight_dtype(folder).itemsize
     check_budget(s, config.top_k)
     layer, layers, rest = weight_counts(config)
-    working = working_bytes(s, config, itemsize)
-    memory = {}                                                             # bytes on a device
-    for how, size in HOW.items():
-        memory[how] = weight_bytes(config, itemsize, how == 'stream', size) + working // size
-    work = run_flops(s, config)
-    sweeps = s.ppo_steps + SWEEPS
-    hours = {}
-    for name, (rate, transfer) in machines.items():
-        seconds = max(work / rate, sweeps * itemsize * layers / transfer)
-        hours[name] = seconds / 3600
-    return {
-        'ckpt': s.ckpt,
-        'bytes': itemsize * (layers + rest),
-        'layer_bytes': itemsize * layer,
-        'allocators': empty_allocators(s, config).n_params(),
-        'memory': memory,
-        'flops': work,
-        'hours': hours,
+    row = {
+        'model': s.ckpt,
+        'weights': gb(itemsize * (layers + rest)),
+        'of a layer': gb(itemsize * layer),
+        'allocators': f'{empty_allocators(s, config).n_params() / 1e6:.2f}M',
     }
+    working = working_bytes(s, config, itemsize)
+    for where, (stream, size) in WHERE.items():
+        row[where] = gb(weight_bytes(config, itemsize, stream, size) + working // size)
+    work = run_flops(s, config)
+    row['FLOPs'] = f'{work:.1e}'
+    for name, (rate, transfer) in machines.items():
+        seconds = max(work / rate, (s.ppo_steps + SWEEPS) * itemsize * layers / transfer)
+        row[f'hours, `--stream`, {name}'] = f'{seconds / 3600:.2g}'
+    return row
 
 
 def gb(n):
@@ -78,24 +79,10 @@ def gb(n):
 
 def plan_table(plans):
     """Plans for the same machines as a Markdown table."""
-    head = ['model', 'weights', 'of a layer', 'allocators']
-    head += ['on one GPU', '`--stream`', 'each of 8 GPUs', 'FLOPs']
-    head += [f'hours, `--stream`, {name}' for name in plans[0]['hours']]
-    lines = []
-    for p in plans:
-        lines.append([
-            p['ckpt'],
-            gb(p['bytes']),
-            gb(p['layer_bytes']),
-            f'{p["allocators"] / 1e6:.2f}M',
-            *map(gb, p['memory'].values()),
-            f'{p["flops"]:.1e}',
-            *[f'{h:.2g}' for h in p['hours'].values()],
-        ])
-    return markdown(head, lines)
+    return markdown(plans[0], [row.values() for row in plans])
 
 
-def main(argv=None):
+def main(argv):
     s = parse(argv, __doc__)
     if not s.ckpt:
         raise InputError('give the checkpoint with --ckpt: a short name, or a folder with its config.json')

@@ -21,7 +21,7 @@ from run import standins
 from allocator import AdaK, Counted, RandomMix, TopK, TopP, Watched, find_knob
 from base.documents import read_documents, split_documents
 from base.frozen import load_model
-from hub.files import InputError, write_whole
+from hub.files import InputError, write_text
 from hub.tokenizer import Tokenizer
 from run.compare import flops_shares
 from run.console import one_line_errors, open_out
@@ -122,8 +122,7 @@ def passage_of(a, s, tokenizer):
         return tokenizer.encode(a.prompt)
     if a.text:
         return tokenizer.encode(Path(a.text).read_text('utf-8-sig', 'replace'))
-    documents = read_documents(s)
-    heldout = split_documents(documents)[2]
+    _, _, heldout = split_documents(read_documents(s))
     return tokenizer.encode(max(heldout, key=len))[:LONGEST // 2]           # fits on a screen
 
 
@@ -152,10 +151,10 @@ def main(argv):
     }, separators=(',', ':'))
     data = data.replace('<', '\\u003c')                        # so no text can end the script element
     template = Path(__file__).with_suffix('.html').read_text('utf-8')
-    page = template.replace('@DATA@', data).encode()
+    page = template.replace('@DATA@', data)
     if len(page) > PAGE_BYTES:
         raise InputError(f'a page of {len(page)} bytes, more than {PAGE_BYTES}: give a shorter passage')
-    write_whole(out / 'explore.html', lambda f: f.write(page))
+    write_text(out / 'explore.html', page)
     print(f'wrote {out}/explore.html, {len(page) / 1000:.0f} kB')
 
 

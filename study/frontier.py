@@ -73,8 +73,7 @@ def rows_at(study, b, methods):
 def policy_at(study, method, b):
     """The policy of this name, trained if need be, its knob set to the budget b."""
     if method in RULES:
-        mean_k = study.target(b)
-        return study.families.rule_at(method.removeprefix('skip, '), mean_k, around=mean_k)
+        return study.families.rule_at(method.removeprefix('skip, '), study.target(b))
     trained_at = b if method in ('soft', 'ada-k') else BUDGET
     changes = {'published': PUBLISHED, 'soft': SOFT}.get(method, {})
     return study.ada_k(method.removesuffix(', dialled'), b, budget=trained_at, **changes)

@@ -3,12 +3,12 @@
 A study keeps one file per row and one per set of trained allocators in a folder of its own, so that a second
 start goes on where the first one stopped. The folder belongs to one base model, one text and one recipe.
 """
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import run.standins as standins
+from run import standins
 from allocator import Allocators, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, write_json
@@ -46,7 +46,7 @@ class Study:
         facts = {
             'base': self.digest,
             'text': [len(text.tokens) for text in texts],
-            **asdict(s),
+            **vars(s),
         }
         path = folder / 'study.json'
         old = read_json(path, facts)
@@ -60,8 +60,8 @@ class Study:
     def measured(self, name, policy_of):
         """(loss minus top-k's (n,) float64, counts (L,k_max+1)) of policy_of() on held-out text.
 
-        From the folder, or measured now, with stand-ins fitted for this policy; before and afterwards the model
-        runs with those of the start.
+        From the folder, or measured now, with stand-ins fitted for this policy; before and afterwards the
+        model runs with those of the start.
         """
         path = self.folder / f'{name}.row'
         if not path.exists():

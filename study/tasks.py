@@ -83,7 +83,7 @@ def task_table(rows):
     lines = []
     for row in rows:
         lines.append([f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in row.values()])
-    return markdown(['task', 'shots', 'metric', 'policy', 'value', '±', 'mean k'], lines)
+    return markdown(rows[0], lines)
 
 
 def main(argv):
@@ -108,9 +108,7 @@ def main(argv):
             rows += metric_rows(run_task(a, lm, name), a.policy, tally.mean())
             detach(lm.model)
         write_json(out / 'tasks.json', {
-            'ckpt': str(folder),
-            'run': a.run,
-            'limit': a.limit,
+            'flags': vars(a),
             'rows': rows,
         })
     print(task_table(rows))

@@ -43,7 +43,7 @@ def test_bos_and_eos_are_put_around_a_document_and_count_no_byte(tmp_path):
     ids = t.document('größe')
     assert ids == [BOS, *t.encode('größe'), EOS]
     n_bytes = len('größe'.encode())
-    assert bits_per_byte(n_bytes * math.log(2), (None, torch.tensor([ids])), t) == pytest.approx(1)
+    assert bits_per_byte(n_bytes * math.log(2) / len(ids), torch.tensor([ids]), t) == pytest.approx(1)
 
 
 def test_generation_stops_at_every_eos(finished, capsys):

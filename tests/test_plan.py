@@ -13,8 +13,8 @@ from hub.checkpoint import PUBLISHED, load
 from hub.config import from_hf, read_config
 from hub.files import InputError
 from moe_dispatch import flops
-from scale.memory import check_memory, empty_allocators, weight_counts, working_bytes
-from scale.plan import plan
+from scale.memory import check_memory, empty_allocators, weight_bytes, weight_counts, working_bytes
+from scale.plan import gb, plan, run_flops
 from test_published import HUB
 from train import Settings
 
@@ -23,16 +23,15 @@ MIXTRAL = 'mixtral-8x7b'
 
 def test_plan_of_mixtral_by_hand():
     s = Settings(ckpt=MIXTRAL, seq=1024, ppo_batch=16, ppo_steps=100, price=1e-3)
-    p = plan(s, {'fast': (1e15, math.inf), 'slow to copy': (math.inf, 5e10)})
+    config = read_config(PUBLISHED / MIXTRAL)
     C, F, V, L = 4096, 14336, 32000, 32
     attention = C * 4096 * 2 + C * 1024 * 2
     layer = attention + 8 * C + 8 * 3 * C * F + 2 * C
     rest = 2 * V * C + C
-    assert p['layer_bytes'] == 2 * layer
-    assert p['bytes'] == 2 * (L * layer + rest)
-    working = working_bytes(s, read_config(PUBLISHED / MIXTRAL), 2)
-    assert p['memory']['plain'] == working + p['bytes']
-    assert p['memory']['stream'] == working + 2 * (2 * layer + rest)
+    assert weight_counts(config) == (layer, L * layer, rest)
+    assert weight_bytes(config, 2, stream=False, size=1) == 2 * (L * layer + rest)
+    assert weight_bytes(config, 2, stream=True, size=1) == 2 * (2 * layer + rest)
+    working = working_bytes(s, config, 2)
     # a token of one layer: matmuls of attention, scores over 1,024 tokens, router, two experts
     per_layer = 2 * attention + 4 * 1024 * 4096 + 2 * 8 * C + 2 * 6 * C * F
     token = L * per_layer + 2 * C * V
@@ -40,9 +39,21 @@ def test_plan_of_mixtral_by_hand():
     ppo = 100 * 16 * 1024 * (5 * token + update)
     looks = 32 * 131072 * token
     sweeps = 100 + 32
-    assert p['flops'] == pytest.approx(ppo + looks, rel=1e-9)
-    assert p['hours']['fast'] == pytest.approx((ppo + looks) / 1e15 / 3600)
-    assert p['hours']['slow to copy'] == pytest.approx(sweeps * 2 * L * layer / 5e10 / 3600)
+    work = run_flops(s, config)
+    assert work == pytest.approx(ppo + looks, rel=1e-9)
+    row = plan(s, {'fast': (1e15, math.inf), 'slow to copy': (math.inf, 5e10)})
+    assert list(row.values()) == [
+        MIXTRAL,
+        '93.4 GB',
+        gb(2 * layer),
+        f'{2 * (C + 9) * L / 1e6 + 2 * L / 1e6:.2f}M',
+        gb(working + 2 * (L * layer + rest)),
+        gb(working + 2 * (2 * layer + rest)),
+        gb(working // 8 + 2 * (L * layer // 8 + 2 * layer + rest)),
+        f'{work:.1e}',
+        f'{work / 1e15 / 3600:.2g}',
+        f'{sweeps * 2 * L * layer / 5e10 / 3600:.2g}',
+    ]
 
 
 def test_bytes_of_a_rollout_are_what_is_taken():
@@ -81,7 +92,7 @@ def test_short_names_have_the_sizes_of_the_published_configs(name):
 def test_plan_of_a_folder():
     folder = ROOT / 'tests/golden/deepseek-1'
     n_weights = sum(p.numel() for p in load(folder).parameters())
-    assert plan(Settings(ckpt=str(folder)), {})['bytes'] == 2 * n_weights
+    assert plan(Settings(ckpt=str(folder)), {})['weights'] == gb(2 * n_weights)
 
 
 def test_plan_prints_a_table(capsys):
