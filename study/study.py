@@ -54,7 +54,7 @@ class Study:
             if fact not in FREE and old.get(fact) != value:
                 raise InputError(f'{self.folder} was measured with another {fact}: move it away')
         write_json(path, facts)
-        self.of_topk = 0
+        self.of_topk = 0                                       # so that top-k's own loss is measured
         self.of_topk, _ = self.measured('top-k', lambda: TopK(self.families.K))      # (n,)
 
     def measured(self, name, policy_of):
