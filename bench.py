@@ -1,6 +1,6 @@
 """bench.py: is fewer experts less time?
 
-    python bench.py                     four minutes on two cores -> out/bench.json
+    python bench.py                     five minutes on two cores -> out/bench.json
     python bench.py --device cuda       the same at the published sizes, bf16
     python bench.py --run out/deep      a trained run's model and allocators on its own held-out text, C = 64
     python bench.py --ckpt FOLDER       any checkpoint, with random allocators at 0.7 K
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 import moe_dispatch
-from run import standins
 from allocator import Allocators
 from base.frozen import base_model
 from base.pretrain import new_model
 from hub.files import write_json
 from model import Config
+from run import standins
 from run.console import OneLineParser, model_flags, one_line_errors, open_out
 from run.evaluate import calibrate
 from run.experts_cpu import FEW_TOKENS, moe_few

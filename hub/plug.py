@@ -12,12 +12,12 @@ import warnings
 
 import torch
 
-from run import standins
 from allocator import AdaK, Allocators, Counted, Watched
 from hub.checkpoint import weights_digest
 from hub.config import from_hf
 from hub.files import InputError
 from moe_dispatch import used
+from run import standins
 
 
 # ================================================================ in and out

@@ -68,7 +68,7 @@ def rewards(model, hidden, targets, expected):
     The log-probability of targets (P,), or with `expected` its mean under hidden[0], less that of hidden[0]
     itself (ppo.py:expected_gain). The head runs on a few tokens at a time.
     """
-    few = LOGITS // (len(hidden) * model.config.n_vocab)                    # tokens
+    few = max(1, LOGITS // (len(hidden) * model.config.n_vocab))            # tokens
     found = []
     for h, y in zip(hidden.split(few, dim=1), targets.split(few)):
         if expected:

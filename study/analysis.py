@@ -7,9 +7,9 @@ from keyword import kwlist
 
 import numpy as np
 
-from run import standins
 from allocator import Watched
 from hub.files import write_json
+from run import standins
 from run.console import one_line_errors
 from run.evaluate import evaluate
 from run.report import plt, save_figure

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 
 import ppo
-from run import standins
 from allocator import AdaK, Counted, RandomMix, TopK, TopP, Watched, find_knob
 from base.documents import read_documents, split_documents
 from base.frozen import load_model
 from hub.files import InputError, write_text
 from hub.tokenizer import Tokenizer
+from run import standins
 from run.compare import flops_shares
 from run.console import one_line_errors, open_out
 from run.rules import SkipFamilies

@@ -8,12 +8,12 @@ from itertools import takewhile
 
 import torch
 
-from run import standins
 from allocator import Counted
 from base.frozen import load_model
 from hub.files import InputError
 from hub.tokenizer import Tokenizer
 from model import generate_steps
+from run import standins
 from run.console import OneLineParser, model_flags, one_line_errors
 from scale.graph import graph_decoder
 from study.policies import open_policy, policy_flags

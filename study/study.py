@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from run import standins
 from allocator import Allocators, TopK
 from base.frozen import base_model
 from hub.files import InputError, read_json, write_json
 from hub.safetensors import read_safetensors, write_safetensors
+from run import standins
 from run.console import OneLineParser, model_flags, open_out
 from run.evaluate import calibrate, clustered_error, evaluate
 from run.ranks import gathered
@@ -100,9 +100,9 @@ class Study:
             allocators.save(path, self.digest)
             gathered('written')
         allocators = Allocators.load(path, self.model.config, self.digest)
-        policy_of = allocators.at_price
         most = 5 if dialled_to == s.budget else DEAREST        # dialled far, it may need all
-        return calibrate(self.model, self.families.windows, policy_of, self.target(dialled_to), most, -most)
+        return calibrate(self.model, self.families.windows, allocators.at_price,
+                         self.target(dialled_to), most, -most)
 
     def row(self, delta, counts):
         """A row of what was `measured`: one seed, and the error of the text alone."""
